@@ -1,0 +1,160 @@
+"""The command line: ``sigreg`` or ``python -m sigreg_lib``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+import torch
+
+from sigreg_lib.recipes import RECIPES, find, parse_override
+from sigreg_lib.train import Run, sweep, train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a diverged or failed run, 2 for bad input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.act(options)
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        print(f"sigreg: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"sigreg: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `sigreg list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(
+            "sigreg: stopped; the same command goes on from the last whole epoch", file=sys.stderr
+        )
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    recipe = find(options.recipe).override(**dict(map(parse_override, options.set)))
+    record = train(recipe, seed=options.seed, **_train_options(options))
+    return 1 if record.status == "diverged" else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    overrides = dict(map(parse_override, options.set))
+    runs = [Run(recipe, seed, overrides) for recipe in options.recipes for seed in options.seeds]
+    sweep(runs, workers=options.workers, threads=options.threads, **_train_options(options))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    width = max(map(len, RECIPES))
+    for name, r in RECIPES.items():
+        parts = [f"{r.model} {r.depth} x {r.width}", f"norm {r.norm}"]
+        parts.append("residual" if r.residual else "no residual")
+        parts.append(f"{r.optimizer} {r.lr:g}")
+        parts.append(f"{'(1 - lam) CE + ' if r.convex else 'CE + '}lam R, lam {r.lam:g}")
+        print(f"{name:{width}}  {', '.join(parts)}, {r.epochs} epochs")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    recipe = find(options.recipe).override(**dict(map(parse_override, options.set)))
+    for name, value in recipe.as_dict().items():
+        print(f"{name:18} {json.dumps(value)}")
+    return 0
+
+
+def _train_options(options: argparse.Namespace) -> dict:
+    names = ("data", "epochs", "device", "results", "group", "checkpoints", "compile", "download")
+    return {name: getattr(options, name) for name in names}
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting of the recipe, such as lam=0.3 (repeatable; see `sigreg show`)",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser)
+    add = parser.add_argument
+    add(
+        "--data",
+        default="digits",
+        help="digits (embedded, default), cifar100 (found through SIGREG_DATA), or a folder",
+    )
+    add("--download", action="store_true", help="let torchvision download CIFAR-100")
+    add("--epochs", type=int, help="stop after this many epochs of the schedule (default: all)")
+    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--threads", type=_positive, help="CPU threads (of each worker)")
+    add("--results", default=".out/records", help="folder of records (default: %(default)s)")
+    add("--group", help="subfolder of records (default: the data set's name)")
+    add(
+        "--checkpoints", default=".checkpoints", help="folder of checkpoints (default: %(default)s)"
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="torch.compile the step (default: for long runs of vision transformers)",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sigreg",
+        description="SIGReg losses for supervised training: run the recipes of the collection.",
+        epilog="Example: sigreg run vit/weak --seed 0 --epochs 10 --data PATH --set lam=0.3",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run one recipe, or go on with it",
+        description="Run one recipe with one seed. A run that was stopped goes on from its last "
+        "whole epoch; one that is done is not repeated.",
+    )
+    run.add_argument("recipe", help="such as vit/weak; see `sigreg list`")
+    run.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    _add_training(run)
+    run.set_defaults(act=_run)
+
+    many = commands.add_parser(
+        "sweep",
+        help="run recipes x seeds, several at a time",
+        description="Run every recipe with every seed, skipping finished runs and resuming "
+        "stopped ones, with one summary line a run.",
+    )
+    many.add_argument("recipes", nargs="+", help="such as mlp/none mlp/weak")
+    many.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    many.add_argument("--workers", type=_positive, default=1, help="runs at a time (default: 1)")
+    _add_training(many)
+    many.set_defaults(act=_sweep)
+
+    listing = commands.add_parser("list", help="list the recipes, a line each")
+    listing.set_defaults(act=_list)
+
+    show = commands.add_parser("show", help="print every setting of a recipe")
+    show.add_argument("recipe", help="such as vit/weak")
+    _add_settings(show)
+    show.set_defaults(act=_show)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

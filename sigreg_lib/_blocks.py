@@ -1,0 +1,172 @@
+"""Parts of the vision transformer: block, attention, rotary embedding, drop path, norms."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """One block of a `VisionTransformer`, (N, tokens, width) to the same."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        norm: str,
+        residual: bool,
+        qkv_bias: bool,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.norm1, self.attention = make_norm(norm, width), Attention(width, heads, qkv_bias)
+        self.norm2 = make_norm(norm, width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.drop1, self.drop2 = DropPath(drop_path), DropPath(drop_path)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        if not self.residual:
+            return self.mlp(self.norm2(self.attention(self.norm1(x), rotary)))
+        x = x + self.drop1(self.attention(self.norm1(x), rotary))
+        return x + self.drop2(self.mlp(self.norm2(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k' / sqrt(d)) v, and a projection."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if rotary is not None:
+            q, k = rotary(q).to(v.dtype), rotary(k).to(v.dtype)
+        q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+        # On a CPU the fused kernel's backward takes several times as long as plain products.
+        attend = _attend if x.device.type == "cpu" else F.scaled_dot_product_attention
+        return self.projection(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n, heads, tokens, d = q.shape
+    # Scaling q first, three-dimensional products and no dropout: nothing that the compiler takes
+    # for attention and rewrites into the fused kernel.
+    q, k, v = (u.reshape(n * heads, tokens, d) for u in (q * d**-0.5, k, v))
+    weights = torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1)  # sums in float32 or better
+    return torch.bmm(weights, v).view(n, heads, tokens, d)
+
+
+class Rotary(nn.Module):
+    r"""Rotary position embedding of queries and keys on a grid of tokens.
+
+    .. math:: \mathrm{rotary}(u) = u \cos\theta + \rho(u) \sin\theta
+
+    Of a head's d channels, the first half has the angles :math:`\theta = x \omega` of the token's
+    column x, the second half :math:`y \omega` of its row y. Only the base 10000 is published;
+    assumed: :math:`\omega_i = 10000^{-2 i / (d/2)}`, i = 0 ... d/4 - 1, each half holding all of
+    them twice, one run after the other. :math:`\rho` takes pairs of channels (a, b) to (-b, a):
+
+    - "axial": i and i + d/4 within each half. Both have one angle, so each pair turns in its plane
+      and a score q.k depends on the displacement (dx, dy) alone.
+    - "published": i and i + d/2, as released. An x angle meets a y angle: the map is no rotation,
+      and a score depends on absolute position.
+
+    A class token, at index 0, is left as it is.
+
+    Source: Su et al., arXiv 2104.09864, for one dimension.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, kind: str, grid: tuple[int, int], head_dim: int, class_token: bool) -> None:
+        super().__init__()
+        if head_dim % 4:
+            raise ValueError(f"width / heads={head_dim}: rotary={kind!r} needs a multiple of 4")
+        self.groups = {"published": 1, "axial": 2}[kind]
+        omega = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))
+        y, x = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+        angles = torch.cat([place.reshape(-1, 1) * omega for place in (x, x, y, y)], dim=1)
+        if class_token:
+            angles = torch.cat([torch.zeros(1, head_dim), angles])
+        # (tokens, 1, head_dim), to broadcast over heads; kept out of checkpoints: no state.
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Embed u, shape (N, tokens, heads, head_dim), in float32 or better."""
+        a, b = u.unflatten(-1, (self.groups, 2, -1)).unbind(-2)
+        return u * self.cos + torch.stack([-b, a], dim=-2).flatten(-3) * self.sin
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a sample's branch is 0 with probability `rate`, else x / (1 - rate).
+
+    `redraw` draws the factors into a buffer that stays where it is, so a compiled or captured graph
+    reads a fixed tensor and no global random state is used. In eval mode, or at rate 0, this is the
+    identity and needs no draw; training on more samples than were drawn raises RuntimeError.
+
+    Source: Huang et al., arXiv 1603.09382.
+    """
+
+    factors: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate, self.drawn = rate, 0
+        self.register_buffer("factors", torch.empty(0), persistent=False)
+
+    @torch.no_grad()
+    def redraw(self, n: int, generator: torch.Generator) -> None:
+        """Draw for `n` samples; an n above all earlier ones allocates a new buffer."""
+        if self.rate == 0:
+            return
+        if n > len(self.factors):
+            self.factors = self.factors.new_empty(n)
+        kept = torch.rand(n, generator=generator, device=generator.device) >= self.rate
+        factors = kept.to(self.factors.dtype) / (1 - self.rate)
+        self.factors[:n].copy_(factors, non_blocking=True)
+        self.drawn = n
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        n = x.shape[0]
+        if n > self.drawn:
+            raise RuntimeError(
+                f"drop path was drawn for {self.drawn} samples, the batch has {n}: call "
+                "redraw_drop_path(model, n, generator) before each training step"
+            )
+        # In the buffer's float32: bfloat16 would round 1 / (1 - rate) in the third digit.
+        return x * self.factors[:n].view(n, *[1] * (x.dim() - 1))
+
+
+def redraw_drop_path(model: nn.Module, n: int, generator: torch.Generator) -> None:
+    """Draw all drop paths of a model for a batch of up to n samples; call before each step.
+
+    A CPU generator gives the same draw on every device. Where no rate is above 0 it is not used.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: expected at least 1")
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.redraw(n, generator)
+
+
+class ChannelBatchNorm(nn.BatchNorm1d):
+    """Batch normalization of (..., C) over all leading dimensions, batch and tokens alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In the parameters' dtype, so that statistics are float32 inside autocast.
+        return super().forward(x.flatten(0, -2).to(self.weight.dtype)).view(x.shape)
+
+
+def make_norm(norm: str, width: int) -> nn.Module:
+    """The layer for "none", "layer" or "batch"."""
+    return {"none": nn.Identity, "layer": nn.LayerNorm, "batch": ChannelBatchNorm}[norm](width)

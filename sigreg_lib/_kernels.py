@@ -1,0 +1,273 @@
+"""The arithmetic of the two losses, with gradients computed by hand where that is faster.
+
+Each statistic is written twice: as a differentiable expression (used under ``torch.func``, for
+second derivatives, for gradients of the random matrix, and for Weak inside ``torch.compile``), and
+as an autograd function whose forward pass prepares the gradient. Tests hold both to float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sigreg_lib.distributed import process_count, sample_count, sum_over_processes
+
+_CHUNK = 1 << 13  # projections handled at once in Strong: 8 complex powers of them fit a core's L2
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Under torch.func, whose transforms these autograd functions do not serve."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
+# ---------------------------------------------------------------- covariance (Weak)
+
+
+def covariance_deviation(y: Tensor, squared: bool, unbiased: bool, gather: bool) -> Tensor:
+    """||Cov(y) - I||_F or its (unbiased) square; (..., N, K) -> (...)."""
+    alone = process_count(gather) == 1
+    if alone and (torch.compiler.is_compiling() or _is_transformed(y)):
+        return _covariance_expression(y, squared, unbiased)
+    return _CovarianceDeviation.apply(y, squared, unbiased, gather)
+
+
+def _covariance_expression(y: Tensor, squared: bool, unbiased: bool) -> Tensor:
+    n, k = y.shape[-2:]
+    centred = y - y.mean(-2, keepdim=True)
+    covariance = centred.mT @ centred / (n - 1)
+    if unbiased:
+        trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        trace_of_square = covariance.square().sum((-2, -1))
+        fourth = centred.square().sum(-1).square().sum(-1) / (n - 1)
+        return _unbiased_square(n, k, trace, trace_of_square, fourth)
+    deviation = covariance - torch.eye(k, dtype=y.dtype, device=y.device)
+    if squared:
+        return deviation.square().sum((-2, -1))
+    return torch.linalg.vector_norm(deviation, dim=(-2, -1))  # its gradient at 0 is 0
+
+
+def _unbiased_square(n: int, k: int, trace: Tensor, of_square: Tensor, fourth: Tensor) -> Tensor:
+    scale = (n - 1) / (n * (n - 2) * (n - 3))
+    population = scale * ((n - 1) * (n - 2) * of_square + trace.square() - n * fourth)
+    return population - 2 * trace + k
+
+
+class _CovarianceDeviation(torch.autograd.Function):
+    """Two products fewer than automatic differentiation, and no K x K graph."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, squared: bool, unbiased: bool, gather: bool) -> Tensor:
+        ctx.options = squared, unbiased
+        ctx.processes = process_count(gather)
+        n, k = sample_count(y.shape[-2], y.device, gather), y.shape[-1]
+        mean = sum_over_processes(y.sum(-2, keepdim=True), gather) / n
+        centred = y - mean
+        covariance = sum_over_processes(centred.mT @ centred, gather) / (n - 1)
+        if unbiased:
+            radius = centred.square().sum(-1)
+            trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+            fourth = sum_over_processes(radius.square().sum(-1), gather) / (n - 1)
+            value = _unbiased_square(n, k, trace, covariance.square().sum((-2, -1)), fourth)
+            # d value / d centred = centred @ product + centred * radius * cubic, then centred again
+            a = 4 / (n * (n - 2) * (n - 3))
+            product = a * (n - 1) * (n - 2) * covariance
+            product.diagonal(dim1=-2, dim2=-1).add_((a * trace - 4 / (n - 1))[..., None])
+            cubic_mean = (
+                sum_over_processes((radius[..., None] * centred).sum(-2, keepdim=True), gather) / n
+            )
+            ctx.cubic = -a * n
+            ctx.save_for_backward(y, centred, product, radius, cubic_mean)
+            return value
+        deviation = covariance
+        deviation.diagonal(dim1=-2, dim2=-1).sub_(1)
+        norm = torch.linalg.vector_norm(deviation, dim=(-2, -1))
+        # at a norm of exactly 0 the subgradient 0 is taken
+        scale = 4.0 if squared else torch.where(norm > 0, 2 / norm, 0)[..., None, None]
+        ctx.save_for_backward(y, centred, deviation * scale / (n - 1))
+        return norm.square() if squared else norm
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        squared, unbiased = ctx.options
+        y, centred, product, *cubic = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this gradient is wanted
+            _refuse_second_derivative(ctx.processes)
+            expression = functools.partial(
+                _covariance_expression, squared=squared, unbiased=unbiased
+            )
+            return _derive(expression, y, grad), None, None, None
+        g = (grad * ctx.processes)[..., None, None]
+        result = centred @ (product * g)
+        if unbiased:
+            radius, cubic_mean = cubic
+            result += ctx.cubic * g * (radius[..., None] * centred - cubic_mean)
+        return result, None, None, None
+
+
+# ---------------------------------------------------------------- characteristic function (Strong)
+
+
+def characteristic_deviation(
+    z: Tensor, directions: Tensor, t_max: float, points: int, unbiased: bool, gather: bool
+) -> Tensor:
+    """Strong SIGReg of each batch; ``points`` are the positive grid points; (..., N, C) -> (...).
+
+    The integrand is even in t and zero at t = 0, so the positive half of the grid carries all.
+    """
+    if process_count(gather) == 1:
+        if torch.compiler.is_compiling():
+            rows = _project(z, directions, t_max / points)
+            values, _ = _row_deviation(rows, t_max, points, unbiased)
+            return values.view(directions.shape[-1], -1).mean(0).view(z.shape[:-2])
+        if _is_transformed(z, directions) or directions.requires_grad:
+            return _characteristic_expression(z, directions, t_max, points, unbiased)
+    return _CharacteristicDeviation.apply(z, directions, t_max, points, unbiased, gather)
+
+
+def _grid(t_max: float, points: int, like: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Spacing, positive points t, exp(-t^2/2), and trapezoid weight times exp(-t^2/2), doubled."""
+    dt = t_max / points
+    t = torch.arange(1, points + 1, dtype=like.dtype, device=like.device) * dt
+    gauss = torch.exp(-t.square() / 2)
+    ends = torch.arange(1, points + 1, device=like.device) == points
+    return dt, t, gauss, 2 * dt * gauss * torch.where(ends, 0.5, 1.0).to(like.dtype)
+
+
+def _project(z: Tensor, directions: Tensor, dt: float) -> Tensor:
+    """Angles dt a.z, one row a direction and batch: (..., N, C) -> (K * batches, N).
+
+    Sums over samples then run along memory.
+    """
+    return ((directions.T * dt) @ z.reshape(-1, z.shape[-1]).T).view(-1, z.shape[-2])
+
+
+def _characteristic_expression(
+    z: Tensor, directions: Tensor, t_max: float, points: int, unbiased: bool
+) -> Tensor:
+    n = z.shape[-2]
+    _, t, gauss, weight = _grid(t_max, points, z)
+    angle = (z @ directions)[..., None] * t
+    real, imag = torch.cos(angle).mean(-3), torch.sin(angle).mean(-3)  # (..., K, points)
+    square = (real - gauss).square() + imag.square()
+    if unbiased:
+        square = square - (1 - real.square() - imag.square()) / (n - 1)
+    return n * (square * weight).sum(-1).mean(-1)
+
+
+def _rows_with_gradient(
+    rows: Tensor, t_max: float, points: int, unbiased: bool, gather: bool, with_gradient: bool
+) -> Tensor:
+    """The deviation of each row's sample from the Gaussian; rows (R, N) of angles -> (R,).
+
+    Overwrites the angles with the gradient in the projection a.z if asked for. Works on a few rows
+    at a time: with w = exp(i dt a.z) every grid point is a power of w, powers come by doubling, and
+    for m_j = mean_n w^j - g_j the gradient is sum_j 2 W_j t_j Re(i conj(m_j) w^j). Memory O(R N).
+    """
+    n = sample_count(rows.shape[-1], rows.device, gather)
+    _, t, gauss, weight = _grid(t_max, points, rows)
+    values = rows.new_empty(len(rows))
+    on_cpu = rows.device.type == "cpu"
+    share = max(1, n // process_count(gather))  # the same everywhere, as the sums must be
+    size = max(1, min(len(rows), _CHUNK // share)) if on_cpu else len(rows)
+    for start in range(0, len(rows), size):
+        angle = rows[start : start + size]
+        powers = _powers(angle, points)  # (points, rows, N)
+        phi = sum_over_processes(torch.view_as_real(powers.sum(-1)), gather) / n
+        phi = torch.view_as_complex(phi)
+        slope = phi - gauss[:, None]
+        square = slope.real.square() + slope.imag.square()
+        if unbiased:
+            square = square - (1 - phi.real.square() - phi.imag.square()) / (n - 1)
+            slope = slope + phi / (n - 1)
+        values[start : start + size] = n * (weight[:, None] * square).sum(0)
+        if with_gradient:  # the angles are not needed any more
+            factor = (2 * weight * t)[:, None] * torch.complex(slope.imag, slope.real)
+            torch.sum(powers.mul_(factor[..., None]).real, 0, out=angle)
+    return values
+
+
+# One opaque operator in a compiled graph: the compiler's own code for the sums over all grid points
+# repeats the recurrence for each of them and takes minutes to compile.
+@torch.library.custom_op("sigreg_lib::row_deviation", mutates_args=())
+def _row_deviation(
+    rows: Tensor, t_max: float, points: int, unbiased: bool
+) -> tuple[Tensor, Tensor]:
+    gradient = rows.contiguous().clone()
+    values = _rows_with_gradient(gradient, t_max, points, unbiased, False, True)
+    return values, gradient.mul_(points / t_max)  # in the angle, not the projection
+
+
+@_row_deviation.register_fake
+def _(rows: Tensor, t_max: float, points: int, unbiased: bool) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape[0]), rows.new_empty(rows.shape)
+
+
+def _row_deviation_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _row_deviation_backward(ctx, grad: Tensor, _):
+    (gradient,) = ctx.saved_tensors
+    return grad[:, None] * gradient, None, None, None
+
+
+_row_deviation.register_autograd(_row_deviation_backward, setup_context=_row_deviation_context)
+
+
+class _CharacteristicDeviation(torch.autograd.Function):
+    """Projection, value and gradient in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, z, directions, t_max, points, unbiased, gather) -> Tensor:
+        rows = _project(z, directions, t_max / points)
+        with_gradient = ctx.needs_input_grad[0]
+        values = _rows_with_gradient(rows, t_max, points, unbiased, gather, with_gradient)
+        ctx.save_for_backward(z, directions, rows if with_gradient else None)
+        ctx.options = t_max, points, unbiased
+        ctx.processes = process_count(gather)
+        return values.view(directions.shape[-1], -1).mean(0).view(z.shape[:-2])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        z, directions, gradient = ctx.saved_tensors
+        nothing = (None,) * 5
+        if gradient is None:
+            return None, *nothing
+        if torch.is_grad_enabled():  # a derivative of this gradient is wanted
+            _refuse_second_derivative(ctx.processes)
+
+            def expression(x: Tensor) -> Tensor:
+                return _characteristic_expression(x, directions, *ctx.options)
+
+            return _derive(expression, z, grad), *nothing
+        k = directions.shape[-1]
+        scale = grad.reshape(1, -1, 1) * (ctx.processes / k)
+        by_sample = (gradient.view(k, -1, z.shape[-2]) * scale).view(k, -1).T
+        return (by_sample @ directions.T).view(z.shape), *nothing
+
+
+def _powers(angle: Tensor, points: int) -> Tensor:
+    """exp(i j angle) for j = 1..points; (R, N) -> (points, R, N) complex."""
+    complex_dtype = torch.complex128 if angle.dtype == torch.float64 else torch.complex64
+    powers = angle.new_empty((points, *angle.shape), dtype=complex_dtype)
+    torch.polar(torch.ones_like(angle), angle, out=powers[0])
+    done = 1
+    while done < points:
+        more = min(done, points - done)
+        torch.mul(powers[:more], powers[done - 1], out=powers[done : done + more])
+        done += more
+    return powers
+
+
+def _derive(expression: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the expression, itself differentiable in x and grad."""
+    return torch.autograd.grad(expression(x), x, grad, create_graph=True)[0]
+
+
+def _refuse_second_derivative(processes: int) -> None:
+    if processes > 1:
+        raise NotImplementedError("second derivatives of a loss gathered over processes")

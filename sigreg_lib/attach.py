@@ -1,0 +1,213 @@
+"""Tap layers of any model with a regularizer: ``attach(model, "blocks.*", WeakSIGReg())``."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+POOLS = ("mean", "class_token", "tokens")
+
+
+def attach(
+    model: nn.Module,
+    layers: str | nn.Module | Sequence[str | nn.Module],
+    regularizer: nn.Module | Callable[[Tensor], Tensor] | None,
+    *,
+    on: str = "output",
+    pool: str | Callable[[Tensor], Tensor] = "mean",
+    weights: Sequence[float] | None = None,
+) -> Handle:
+    """Record what layers of a model compute and regularize it.
+
+    Args:
+        model: any module; nothing is left in it after :meth:`Handle.remove`.
+        layers: which submodules: names with shell wildcards (``"blocks.*"`` matches
+            ``blocks.0`` but not ``blocks.0.mlp``: a ``*`` stays within one level, ``**`` crosses
+            levels: ``"**.attn"`` at any depth), modules of the model, or a list of both.
+        regularizer: :class:`~sigreg_lib.losses.WeakSIGReg`, :class:`~sigreg_lib.losses.SIGReg` or
+            any callable from (N, C) to a scalar; None records features only.
+        on: ``"output"`` of the layer or its first ``"input"``.
+        pool: how a layer's (N, ..., C) becomes (N, C): ``"mean"`` over everything between (tokens;
+            for (N, C, H, W) over the two spatial dimensions), ``"class_token"`` the first token,
+            ``"tokens"`` all of them as samples, (N * tokens, C); or a callable.
+        weights: weight of each layer in the average; default equal.
+
+    Returns:
+        a handle; call :meth:`Handle.loss` after each forward pass in training mode.
+
+    Raises:
+        ValueError: a pattern or module that matches nothing, an unknown option, or a wrong
+            number of weights.
+
+    Example::
+
+        handle = attach(model, "blocks.*", WeakSIGReg(sketch_dim=64))
+        logits = model(x)
+        loss = combine(cross_entropy(logits, y), handle.loss(), lam=0.1)
+    """
+    if on not in ("output", "input"):
+        raise ValueError(f"on must be 'output' or 'input', not {on!r}")
+    if not callable(pool) and pool not in POOLS:
+        near = difflib.get_close_matches(str(pool), POOLS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown pool {pool!r}; did you mean {near!r}?")
+    taps = _find(model, layers)
+    if weights is not None and (len(weights) != len(taps) or min(weights) < 0 or not sum(weights)):
+        raise ValueError(
+            f"weights must be {len(taps)} numbers >= 0 with a positive sum, one for each of "
+            f"{', '.join(taps)}; got {list(weights)}"
+        )
+    return Handle(model, taps, regularizer, on, pool, weights)
+
+
+class Handle:
+    """Taps on a model; made by :func:`attach`.
+
+    Off while the model is in eval mode, unless :attr:`always` is set (for diagnostics). A layer
+    that runs several times in one forward pass counts with its last run.
+    """
+
+    def __init__(self, model, taps, regularizer, on, pool, weights) -> None:
+        self.model, self.regularizer, self.pool = model, regularizer, pool
+        self.names: tuple[str, ...] = tuple(taps)
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.always = False
+        self.features: dict[str, Tensor] = {}
+        """Pooled representations of the last forward pass by layer name, (N, C) each."""
+        self._hooks = [
+            module.register_forward_hook(self._hook(name, module, on))
+            for name, module in taps.items()
+        ]
+
+    def _hook(self, name: str, tapped: nn.Module, on: str):
+        def record(module: nn.Module, inputs: tuple, output) -> None:
+            if module is not tapped:  # a copy of the model (of averaged weights, say) has its hooks
+                return
+            if self.model.training or self.always:
+                value = output if on == "output" else inputs[0]
+                if isinstance(value, tuple):  # attention modules return (values, weights)
+                    value = value[0]
+                self.features[name] = pool_features(value, self.pool)
+
+        return record
+
+    def losses(self, matrices: dict[int, Tensor | None] | None = None) -> Tensor:
+        """R of each tapped layer, shape (layers,), in the order of :attr:`names`.
+
+        Layers of one shape go through the regularizer in one call, layers of one width share a
+        random matrix.
+
+        Args:
+            matrices: the random matrix for each number of channels (None: no sketch), as the
+                regularizer's ``matrix`` gives it; default: it draws now. Handed in from outside,
+                it keeps a compiled step free of generators.
+        """
+        if self.regularizer is None:
+            raise RuntimeError("this handle records features only: it has no regularizer")
+        missing = [name for name in self.names if name not in self.features]
+        if missing:
+            raise RuntimeError(
+                f"no features of {', '.join(missing)}: run the model in training mode before loss()"
+            )
+        taken = [self.features[name] for name in self.names]
+        if not hasattr(self.regularizer, "values"):
+            return torch.stack([self.regularizer(z) for z in taken])
+        if matrices is None:
+            likes = {z.shape[-1]: z for z in taken}
+            matrices = {width: self.regularizer.matrix(z) for width, z in likes.items()}
+        groups: dict[torch.Size, list[int]] = {}
+        for i, z in enumerate(taken):
+            groups.setdefault(z.shape, []).append(i)
+        values: list[Tensor | None] = [None] * len(taken)
+        for shape, members in groups.items():
+            stacked = torch.stack([taken[i] for i in members])
+            found = self.regularizer.values(stacked, matrices[shape[-1]])
+            for i, value in zip(members, found.unbind(), strict=True):
+                values[i] = value
+        return torch.stack(values)
+
+    def loss(self, matrices: dict[int, Tensor | None] | None = None) -> Tensor:
+        """The weighted average of R over the tapped layers, scalar; 0 in eval mode.
+
+        Raises:
+            RuntimeError: no forward pass in training mode since the taps were set or cleared.
+        """
+        if not self.model.training and not self.always:
+            tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+            return torch.zeros((), device=next((t.device for t in tensors), None))
+        losses = self.losses(matrices)
+        if self.weights is None:
+            return losses.mean()
+        weights = self.weights.to(losses)
+        return (losses * weights).sum() / weights.sum()
+
+    def clear(self) -> None:
+        """Forget the recorded features, and the graph that they hold."""
+        self.features.clear()
+
+    def remove(self) -> None:
+        """Take the taps out of the model; nothing stays behind."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.clear()
+
+
+def pool_features(value: Tensor, pool: str | Callable[[Tensor], Tensor]) -> Tensor:
+    """A layer's value, (N, ..., C) or (N, C, H, W), as a batch of representations (N, C), float32.
+
+    float64 stays float64. See :func:`attach` for ``pool``.
+    """
+    if callable(pool):
+        return pool(value)
+    if value.dtype != torch.float64:
+        value = value.float()
+    if value.ndim == 2:
+        return value
+    if value.ndim == 4:  # feature maps have their channels first
+        value = value.flatten(2).mT
+    if value.ndim != 3:
+        raise ValueError(
+            f"cannot pool a layer's value of shape {tuple(value.shape)}: expected (N, C), "
+            "(N, tokens, C) or (N, C, H, W); pass a callable as pool"
+        )
+    if pool == "mean":
+        return value.mean(1)
+    return value[:, 0] if pool == "class_token" else value.flatten(0, 1)
+
+
+def _find(model: nn.Module, layers) -> dict[str, nn.Module]:
+    named = {name: module for name, module in model.named_modules() if name}
+    by_module = {module: name for name, module in named.items()}
+    wanted = [layers] if isinstance(layers, (str, nn.Module)) else list(layers)
+    if not wanted:
+        raise ValueError("layers is empty: name at least one layer")
+    found: dict[str, nn.Module] = {}
+    for item in wanted:
+        if isinstance(item, nn.Module):
+            if item not in by_module:
+                raise ValueError(f"{type(item).__name__} is not a submodule of the model")
+            found[by_module[item]] = item
+            continue
+        matches = [name for name in named if _matches(name, item)]
+        if not matches:
+            raise ValueError(f"no layer matches {item!r}; the layers are: {', '.join(named)}")
+        found.update((name, named[name]) for name in matches)
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return _levels_match(name.split("."), pattern.split("."))
+
+
+def _levels_match(levels: list[str], wanted: list[str]) -> bool:
+    if not levels or not wanted:
+        return not levels and not wanted
+    if wanted[0] == "**":
+        rest = wanted[1:]
+        return not rest or any(_levels_match(levels[i:], rest) for i in range(len(levels)))
+    return fnmatch.fnmatchcase(levels[0], wanted[0]) and _levels_match(levels[1:], wanted[1:])

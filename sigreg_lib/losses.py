@@ -1,0 +1,388 @@
+"""SIGReg losses for supervised training: Weak (covariance) and Strong (characteristic function).
+
+Both act on a batch of representations z of shape (..., N, C): N samples, C channels; leading
+dimensions are separate batches (layers, say), computed in one call. Statistics are float32 whatever
+the dtype of z, inside autocast too (float64 stays float64).
+
+The published losses are the defaults (mode ``paper``). ``corrected()`` gives ours: an orthonormal
+sketch and an estimate without the bias of a finite batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sigreg_lib import _kernels
+from sigreg_lib.sketch import MatrixSource
+
+STRONG_GRIDS: dict[str, tuple[float, int]] = {"paper": (5.0, 17), "lejepa": (3.0, 33)}
+"""Named grids of Strong, (t_max, n_points): Weak-SIGReg's and LeJEPA's (17 points on [0, 3],
+which by symmetry are 33 on [-3, 3])."""
+
+
+def weak_sigreg(
+    z: Tensor, sketch: Tensor | None = None, *, squared: bool = False, unbiased: bool = False
+) -> Tensor:
+    r"""Weak-SIGReg: distance of the (sketched) covariance from the identity.
+
+    .. math:: R = \lVert \mathrm{Cov}(Z S) - I_K \rVert_F, \qquad
+              \mathrm{Cov}(Y) = \tfrac{1}{N-1} \sum_n (y_n - \bar y)(y_n - \bar y)^\top
+
+    Args:
+        z: representations, shape (..., N, C), any float dtype, N >= 2 (N >= 4 if unbiased).
+        sketch: S, shape (C, K); None (default) uses the channels as they are.
+        squared: return the square of the norm.
+        unbiased: estimate the squared norm of the population's deviation without the bias of a
+            finite batch; it may be negative. Needs ``squared=True``: an unbiased estimate has no
+            root. With Q the mean (over N - 1) of the fourth powers of the centred norms,
+
+            .. math:: \widehat{\mathrm{tr}\,\Sigma^2} = \tfrac{N-1}{N(N-2)(N-3)}
+                      \bigl[(N-1)(N-2)\,\mathrm{tr}\,\hat\Sigma^2 + (\mathrm{tr}\,\hat\Sigma)^2
+                      - N Q\bigr]
+
+    Returns:
+        scalar, dimensionless, averaged over the leading dimensions. The gradient is finite
+        everywhere: zero at Z = 0 (by symmetry) and where the covariance is exactly I.
+
+    Raises:
+        TypeError: z is not a floating-point tensor.
+        ValueError: too few samples, a sketch of another shape, or unbiased without squared.
+
+    Source: arXiv 2603.05924; unbiased trace of the squared covariance: Himeno and Yamada,
+    J. Multivariate Anal. 130 (2014) 27-34.
+    """
+    return weak_values(z, sketch, squared=squared, unbiased=unbiased).mean()
+
+
+def weak_values(
+    z: Tensor,
+    sketch: Tensor | None = None,
+    *,
+    squared: bool = False,
+    unbiased: bool = False,
+    gather_distributed: bool = False,
+) -> Tensor:
+    """:func:`weak_sigreg` for each batch: shape (...) instead of the mean over it."""
+    if unbiased and not squared:
+        raise ValueError("unbiased=True estimates the squared norm: pass squared=True with it")
+    _check_samples(z, at_least=4 if unbiased else 2)
+    _check_matrix(z, sketch, "sketch")
+    with torch.autocast(z.device.type, enabled=False):
+        y = _statistics_dtype(z)
+        if sketch is not None:
+            y = y @ sketch.to(y)
+        return _kernels.covariance_deviation(y, squared, unbiased, gather_distributed)
+
+
+def strong_sigreg(
+    z: Tensor,
+    directions: Tensor,
+    *,
+    t_max: float = 5.0,
+    n_points: int = 17,
+    unbiased: bool = False,
+) -> Tensor:
+    r"""Strong SIGReg: distance of every projection's characteristic function from the Gaussian's.
+
+    .. math:: R = \frac{N}{K} \sum_k \int_{-t_{max}}^{t_{max}}
+              \bigl|\hat\varphi_k(t) - e^{-t^2/2}\bigr|^2 e^{-t^2/2}\, dt, \qquad
+              \hat\varphi_k(t) = \frac1N \sum_n e^{i t\, a_k \cdot z_n}
+
+    The integral is the trapezoid rule on a symmetric grid.
+
+    Args:
+        z: representations, shape (..., N, C), any float dtype, N >= 2.
+        directions: a_k as columns of unit length, shape (C, K).
+        t_max: end of the grid, in units of 1/standard deviation.
+        n_points: points on [-t_max, t_max], odd. LeJEPA's grid is ``t_max=3.0, n_points=33``.
+        unbiased: subtract the bias of a finite batch, (1 - |phi|^2)/(N - 1) at every point; the
+            result may be negative.
+
+    Returns:
+        scalar, dimensionless, averaged over the leading dimensions. Grows with N away from the
+        Gaussian; about 1.06 for a Gaussian batch of any size (see :func:`strong_floor`).
+
+    Raises:
+        TypeError: z is not a floating-point tensor.
+        ValueError: too few samples, directions of another shape, or a bad grid.
+
+    Source: LeJEPA, arXiv 2511.08544; grid: arXiv 2603.05924.
+    """
+    return strong_values(z, directions, t_max=t_max, n_points=n_points, unbiased=unbiased).mean()
+
+
+def strong_values(
+    z: Tensor,
+    directions: Tensor,
+    *,
+    t_max: float = 5.0,
+    n_points: int = 17,
+    unbiased: bool = False,
+    gather_distributed: bool = False,
+) -> Tensor:
+    """:func:`strong_sigreg` for each batch: shape (...) instead of the mean over it."""
+    _check_samples(z, at_least=2)
+    _check_matrix(z, directions, "directions")
+    _check_grid(t_max, n_points)
+    with torch.autocast(z.device.type, enabled=False):
+        z = _statistics_dtype(z)
+        return _kernels.characteristic_deviation(
+            z, directions.to(z), t_max, n_points // 2, unbiased, gather_distributed
+        )
+
+
+def combine(task: Tensor, regularizer: Tensor, lam: float, *, convex: bool = True) -> Tensor:
+    r"""The objective: (1 - lam) task + lam R if convex (released settings), else task + lam R.
+
+    Args:
+        task: the task's loss, in nats for a cross-entropy; scalar.
+        regularizer: R, scalar.
+        lam: weight, dimensionless; in [0, 1] if convex, else >= 0.
+        convex: which of the two.
+
+    Raises:
+        ValueError: lam outside its range.
+
+    Source: arXiv 2603.05924, text (additive) and released settings (convex).
+    """
+    if not 0 <= lam <= (1 if convex else math.inf):
+        raise ValueError(f"lam must lie in {'[0, 1]' if convex else '[0, inf)'}, not {lam!r}")
+    return (1 - lam if convex else 1.0) * task + lam * regularizer
+
+
+def weak_floor(
+    n_samples: int,
+    n_channels: int,
+    sketch_dim: int | None = None,
+    *,
+    sketch: str = "gaussian",
+    squared: bool = False,
+    unbiased: bool = False,
+) -> float:
+    r"""Expected Weak-SIGReg of a perfectly whitened Gaussian batch, Z ~ N(0, I_C).
+
+    With a Gaussian sketch the expected square is
+
+    .. math:: v = K(K+1)\Bigl(\frac1C + \frac1{N-1}\Bigr) + \frac{K(K+3)}{C(N-1)},
+
+    with an orthonormal one, or none, K(K+1)/(N-1). The unsquared floor is its root (the mean of
+    the norm lies slightly below, by Jensen's inequality; under 1% for K >= 16).
+
+    Args:
+        n_samples: N, at least 2.
+        n_channels: C.
+        sketch_dim: K; None, or C <= K, means no sketch.
+        sketch: ``"gaussian"`` or ``"orthonormal"``.
+        squared, unbiased: as in :func:`weak_sigreg`. The corrected loss (orthonormal or no sketch,
+            unbiased) has the floor 0; a Gaussian sketch leaves K(K+1)/C.
+
+    Raises:
+        ValueError: an unknown sketch, fewer than two samples, or unbiased without squared.
+    """
+    if sketch not in ("gaussian", "orthonormal"):
+        raise ValueError(f"sketch must be 'gaussian' or 'orthonormal', not {sketch!r}")
+    if n_samples < 2:
+        raise ValueError(f"n_samples must be at least 2, not {n_samples!r}")
+    if unbiased and not squared:
+        raise ValueError("unbiased=True estimates the squared norm: pass squared=True with it")
+    c = n_channels
+    k = c if sketch_dim is None or c <= sketch_dim else sketch_dim
+    from_sketch = k * (k + 1) / c if k < c and sketch == "gaussian" else 0.0
+    m = n_samples - 1
+    from_batch = k * (k + 1) / m + (k * (k + 3) / (c * m) if from_sketch else 0.0)
+    square = from_sketch + (0.0 if unbiased else from_batch)
+    return square if squared else math.sqrt(square)
+
+
+def strong_floor(*, t_max: float = 5.0, n_points: int = 17, unbiased: bool = False) -> float:
+    r"""Expected Strong SIGReg of a Gaussian batch of any N and C.
+
+    .. math:: \int e^{-t^2/2} (1 - e^{-t^2})\, dt \to \sqrt{2\pi}\,(1 - 1/\sqrt3) = 1.06
+
+    on the loss's own grid; 0 if unbiased.
+    """
+    _check_grid(t_max, n_points)
+    if unbiased:
+        return 0.0
+    dt = t_max / (n_points // 2)
+    ts = [j * dt for j in range(1, n_points // 2 + 1)]
+    terms = [2 * dt * math.exp(-t * t / 2) * (1 - math.exp(-t * t)) for t in ts]
+    return sum(terms) - terms[-1] / 2
+
+
+class WeakSIGReg(nn.Module):
+    """Weak-SIGReg as a module that draws its sketch; see :func:`weak_sigreg`.
+
+    Args:
+        sketch_dim: K, default 64; representations with C <= K channels are not sketched.
+        sketch: ``"gaussian"`` (default, as published) or ``"orthonormal"``.
+        resample: draw S anew at every call (default, released settings) or once for each C
+            (the paper's text).
+        squared, unbiased: see :func:`weak_sigreg`.
+        generator: source of the draws; default a private one seeded with ``seed``, so that all
+            processes of a distributed run draw the same S.
+        seed: of the private generator.
+        gather_distributed: statistics of the batch of all processes (gradients are scaled for
+            data-parallel averaging, see :mod:`sigreg_lib.distributed`).
+    """
+
+    def __init__(
+        self,
+        sketch_dim: int = 64,
+        *,
+        sketch: str = "gaussian",
+        resample: bool = True,
+        squared: bool = False,
+        unbiased: bool = False,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        if sketch == "directions":
+            raise ValueError("sketch must be 'gaussian' or 'orthonormal', not 'directions'")
+        if unbiased and not squared:
+            raise ValueError("unbiased=True estimates the squared norm: pass squared=True with it")
+        self.source = MatrixSource(
+            sketch, sketch_dim, resample=resample, generator=generator, seed=seed
+        )
+        self.squared, self.unbiased = squared, unbiased
+        self.gather_distributed = gather_distributed
+
+    @classmethod
+    def corrected(cls, sketch_dim: int = 64, **options) -> WeakSIGReg:
+        """Mode ``corrected``: orthonormal sketch, unbiased estimate of the squared norm."""
+        return cls(sketch_dim, sketch="orthonormal", squared=True, unbiased=True, **options)
+
+    def matrix(self, z: Tensor) -> Tensor | None:
+        """The sketch for ``z``, shape (C, K); None where none is used (C <= K)."""
+        return None if z.shape[-1] <= self.source.n_columns else self.source(z)
+
+    def values(self, z: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """The loss of each batch, (..., N, C) -> (...), under a given matrix."""
+        return weak_values(
+            z,
+            matrix,
+            squared=self.squared,
+            unbiased=self.unbiased,
+            gather_distributed=self.gather_distributed,
+        )
+
+    def floor(self, n_samples: int, n_channels: int) -> float:
+        """Expected value for a whitened Gaussian batch; see :func:`weak_floor`."""
+        return weak_floor(
+            n_samples,
+            n_channels,
+            self.source.n_columns,
+            sketch=self.source.kind,
+            squared=self.squared,
+            unbiased=self.unbiased,
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Scalar loss of z, shape (..., N, C)."""
+        return self.values(z, self.matrix(z)).mean()
+
+    def extra_repr(self) -> str:
+        s = self.source
+        return (
+            f"sketch_dim={s.n_columns}, sketch={s.kind!r}, resample={s.resample}, "
+            f"squared={self.squared}, unbiased={self.unbiased}"
+        )
+
+
+class SIGReg(nn.Module):
+    """Strong SIGReg as a module that draws its directions; see :func:`strong_sigreg`.
+
+    Args:
+        num_slices: K, number of directions, default 64.
+        t_max, n_points, unbiased: see :func:`strong_sigreg`; defaults are the grid published with
+            Weak-SIGReg, :meth:`lejepa` gives LeJEPA's.
+        resample, generator, seed, gather_distributed: see :class:`WeakSIGReg`.
+    """
+
+    def __init__(
+        self,
+        num_slices: int = 64,
+        t_max: float = 5.0,
+        n_points: int = 17,
+        *,
+        unbiased: bool = False,
+        resample: bool = True,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_grid(t_max, n_points)
+        self.source = MatrixSource(
+            "directions", num_slices, resample=resample, generator=generator, seed=seed
+        )
+        self.t_max, self.n_points, self.unbiased = t_max, n_points, unbiased
+        self.gather_distributed = gather_distributed
+
+    @classmethod
+    def lejepa(cls, num_slices: int = 64, **options) -> SIGReg:
+        """The grid of LeJEPA, 17 points on [0, 3] (33 on [-3, 3])."""
+        t_max, n_points = STRONG_GRIDS["lejepa"]
+        return cls(num_slices, t_max, n_points, **options)
+
+    def matrix(self, z: Tensor) -> Tensor:
+        """The directions for ``z``, shape (C, K)."""
+        return self.source(z)
+
+    def values(self, z: Tensor, matrix: Tensor) -> Tensor:
+        """The loss of each batch, (..., N, C) -> (...), under given directions."""
+        return strong_values(
+            z,
+            matrix,
+            t_max=self.t_max,
+            n_points=self.n_points,
+            unbiased=self.unbiased,
+            gather_distributed=self.gather_distributed,
+        )
+
+    def floor(self, n_samples: int, n_channels: int) -> float:
+        """Expected value for a Gaussian batch, whatever its size; see :func:`strong_floor`."""
+        return strong_floor(t_max=self.t_max, n_points=self.n_points, unbiased=self.unbiased)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Scalar loss of z, shape (..., N, C)."""
+        return self.values(z, self.matrix(z)).mean()
+
+    def extra_repr(self) -> str:
+        s = self.source
+        return (
+            f"num_slices={s.n_columns}, t_max={self.t_max}, n_points={self.n_points}, "
+            f"unbiased={self.unbiased}, resample={s.resample}"
+        )
+
+
+def _statistics_dtype(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _check_samples(z: Tensor, at_least: int) -> None:
+    if not torch.is_floating_point(z):
+        raise TypeError(f"z must be a floating-point tensor, not {z.dtype}")
+    if z.ndim < 2:
+        raise ValueError(f"z must have shape (..., N, C), not {tuple(z.shape)}")
+    if z.shape[-2] < at_least:
+        raise ValueError(f"z has {z.shape[-2]} samples (shape {tuple(z.shape)}); needs {at_least}")
+
+
+def _check_matrix(z: Tensor, matrix: Tensor | None, name: str) -> None:
+    if matrix is not None and (matrix.ndim != 2 or matrix.shape[0] != z.shape[-1]):
+        raise ValueError(
+            f"{name} must have shape (C, K) with C = {z.shape[-1]}, not {tuple(matrix.shape)}"
+        )
+
+
+def _check_grid(t_max: float, n_points: int) -> None:
+    if not 0 < t_max < math.inf:
+        raise ValueError(f"t_max must be positive and finite, not {t_max!r}")
+    if n_points < 3 or n_points % 2 == 0:
+        raise ValueError(f"n_points must be odd and at least 3, not {n_points!r}")

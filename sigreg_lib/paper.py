@@ -1,0 +1,127 @@
+"""The published numbers: the nine rows of Tables 1 to 3, their learning curves and settings.
+
+Accuracies are CIFAR-100 test accuracies in percent, from one unseeded run a row. The tables print
+the best epoch on the test set; the learning curves, and with them the last epoch, are those of the
+published logs.
+
+Source: arXiv 2603.05924, Tables 1 to 3, and the logs published with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+TITLE = "Weak-SIGReg: Covariance Regularization for Stable Deep Learning"
+ARXIV = "2603.05924"
+VENUE = "ICLR 2026"
+CITATION = f"{TITLE}, {VENUE}, arXiv {ARXIV}"
+LEJEPA_ARXIV = "2511.08544"
+
+EPOCHS = 400
+BATCH_SIZE = 128
+STEPS_PER_EPOCH = 391  # 50,000 images; the last batch has 80
+CURVE_EPOCHS = (1, 5, 10, 40, 200, 400)
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One row of the paper's tables.
+
+    Attributes:
+        name: the recipe, "vit/weak".
+        table: number of the table, 1 to 3.
+        best_test: the table's figure, the highest test accuracy of all epochs, in percent.
+        best_epoch: the epoch that had it, counted from 1.
+        curve: test accuracy in percent by epoch, at `CURVE_EPOCHS`.
+        regularizer: value of R, averaged over the tapped layers, at epochs 1 and 400; None for a
+            row without regularizer.
+        seconds_per_epoch: (least, most) wall time of an epoch of such a run, on an unnamed GPU.
+    """
+
+    name: str
+    table: int
+    best_test: float
+    best_epoch: int
+    curve: Mapping[int, float] = field(hash=False)
+    regularizer: Mapping[int, float] | None = field(hash=False)
+    seconds_per_epoch: tuple[float, float]
+
+    @property
+    def family(self) -> str:
+        """The network, "vit", "expert" or "mlp"."""
+        return self.name.split("/")[0]
+
+    @property
+    def method(self) -> str:
+        """The regularizer, "none", "strong" or "weak"."""
+        return self.name.split("/")[1]
+
+    @property
+    def last_test(self) -> float:
+        """Test accuracy of the last epoch, in percent."""
+        return self.curve[EPOCHS]
+
+    @property
+    def source(self) -> str:
+        """Where the row stands, for a caption."""
+        return f"arXiv {ARXIV}, Table {self.table}"
+
+
+_SECONDS = {"vit": (26.0, 28.0), "expert": (25.0, 25.0), "mlp": (9.0, 11.0)}
+
+
+def _row(
+    name: str, best: float, epoch: int, curve: tuple[float, ...], r: tuple[float, float] | None
+) -> PublishedRow:
+    family = name.split("/")[0]
+    return PublishedRow(
+        name=name,
+        table=1 + list(_SECONDS).index(family),
+        best_test=best,
+        best_epoch=epoch,
+        curve=MappingProxyType(dict(zip(CURVE_EPOCHS, curve, strict=True))),
+        regularizer=r and MappingProxyType({1: r[0], EPOCHS: r[1]}),
+        seconds_per_epoch=_SECONDS[family],
+    )
+
+
+_ROWS = (
+    _row("vit/none", 20.73, 347, (6.85, 10.60, 11.70, 12.19, 18.33, 20.51), None),
+    _row("vit/strong", 70.20, 317, (10.34, 13.19, 15.13, 38.50, 66.66, 69.96), (10.0, 2.0)),
+    _row("vit/weak", 72.02, 358, (12.01, 21.16, 29.88, 50.45, 68.31, 71.95), (7.6, 5.7)),
+    _row("expert/none", 70.76, 354, (6.97, 17.38, 22.83, 43.70, 63.96, 70.58), None),
+    _row("expert/strong", 72.71, 385, (8.48, 20.46, 28.15, 46.11, 66.96, 72.55), (10.0, 5.0)),
+    _row("expert/weak", 71.65, 374, (9.76, 20.06, 26.81, 50.34, 66.60, 71.36), (6.8, 6.0)),
+    _row("mlp/none", 26.77, 73, (3.59, 12.26, 15.48, 23.07, 25.35, 25.56), None),
+    _row("mlp/strong", 35.99, 399, (3.65, 9.71, 14.01, 21.86, 33.06, 35.20), (30.0, 7.0)),
+    _row("mlp/weak", 42.17, 316, (2.89, 11.47, 14.82, 25.50, 39.42, 41.58), (7.7, 7.3)),
+)
+PUBLISHED: Mapping[str, PublishedRow] = MappingProxyType({row.name: row for row in _ROWS})
+"""The nine rows by recipe name, in the order of the tables."""
+
+
+def published(name: str) -> PublishedRow:
+    """The published row of a recipe, such as "vit/weak".
+
+    Raises:
+        ValueError: no such row; the nearest is named.
+    """
+    if name not in PUBLISHED:
+        near = difflib.get_close_matches(str(name), PUBLISHED, n=1, cutoff=0)[0]
+        raise ValueError(f"name={name!r}: no published row of that name; did you mean {near!r}?")
+    return PUBLISHED[name]
+
+
+def table(number: int) -> tuple[PublishedRow, ...]:
+    """The three rows of Table 1 (vit), 2 (expert) or 3 (mlp).
+
+    Raises:
+        ValueError: another number.
+    """
+    rows = tuple(row for row in PUBLISHED.values() if row.table == number)
+    if not rows:
+        raise ValueError(f"number={number!r}: expected table 1, 2 or 3")
+    return rows

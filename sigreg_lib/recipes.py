@@ -1,0 +1,330 @@
+"""Every experiment as data: a frozen dataclass of settings and the named rows.
+
+``RECIPES["vit/weak"]`` is a row of the paper; ``RECIPES["vit/weak"].override(lam=0.3)`` a variation
+of it. Settings follow the released code where it differs from the paper's text (arXiv 2603.05924);
+each difference is a field here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from sigreg_lib.augment import Policy
+from sigreg_lib.losses import STRONG_GRIDS, SIGReg, WeakSIGReg
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run but its data, its seed and the machine.
+
+    Fields marked (vit) do nothing for the MLP. Lengths are in pixels of a 32-pixel image, rates
+    per step, ``epochs`` is the length of the learning-rate schedule.
+    """
+
+    name: str
+    model: Literal["mlp", "vit"]
+    width: int
+    depth: int
+    residual: bool
+    norm: Literal["none", "layer", "batch"]
+    regularizer: Literal["none", "weak", "strong"]
+
+    # where the regularizer looks
+    taps: str
+    tap_on: Literal["output", "input"] = "output"
+    pool: Literal["mean", "class_token", "tokens"] = "mean"
+
+    # the objective; a baseline of the released settings keeps the factor (1 - lam)
+    lam: float = 0.1
+    convex: bool = True
+    mode: Literal["paper", "corrected"] = "paper"
+    sketch_dim: int = 64
+    resample: bool = True
+    strong_grid: Literal["paper", "lejepa"] = "paper"
+
+    # (vit)
+    patch: int = 4
+    heads: int = 8
+    mlp_ratio: float = 2.0
+    rotary: Literal["published", "axial", "none"] = "published"
+    class_token: bool = False
+    position_embedding: bool = False
+    qkv_bias: bool = False
+    drop_path: float = 0.0
+    init: Literal["truncated_normal", "expert"] = "truncated_normal"
+
+    # optimization
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    lr_min: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    batch_size: int = 128
+    epochs: int = 400
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+
+    # input
+    mean: tuple[float, ...] | None = None  # None: the data set's own
+    std: tuple[float, ...] | None = None
+    crop_padding: int = 0
+    flip: bool = False
+    rand_augment: tuple[int, int] | None = None
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    holdout: int = 0  # training images set aside and tested on instead of the test set
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), HINTS[field.name])
+        for name in ("width", "depth", "sketch_dim", "patch", "heads", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+        for name in ("lr", "lr_min", "weight_decay", "holdout", "lam"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, not {getattr(self, name)!r}")
+        if self.convex and self.lam > 1:
+            raise ValueError(f"lam must lie in [0, 1] when convex, not {self.lam!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive or none, not {self.clip_norm!r}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both or neither")
+        self.policy(32)  # checks the augmentation
+
+    def override(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed; the name stays.
+
+        Raises:
+            ValueError: no such field (the nearest is named), or a value that the field cannot have.
+        """
+        for name in changes:
+            if name not in HINTS or name == "name":
+                near = difflib.get_close_matches(name, HINTS, n=1, cutoff=0)[0]
+                raise ValueError(f"a recipe has no setting {name!r}; did you mean {near!r}?")
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return dataclasses.replace(self, **lists)
+
+    def differences(self) -> dict[str, Any]:
+        """The fields in which this recipe differs from the named one, in the order of fields."""
+        base = RECIPES[self.name]
+        return {k: v for k, v in self.as_dict().items() if v != base.as_dict()[k]}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, as JSON holds them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments for :func:`sigreg_lib.models.build_model`."""
+        shared = ("width", "depth", "residual", "norm")
+        vit = ("patch", "heads", "mlp_ratio", "rotary", "class_token", "position_embedding")
+        vit += ("qkv_bias", "drop_path", "init")
+        names = shared + (vit if self.model == "vit" else ())
+        return {name: getattr(self, name) for name in names}
+
+    def policy(self, size: int) -> Policy:
+        """The augmentation of images of ``size`` pixels; the crop's padding scales with it."""
+        return Policy(
+            crop_padding=round(self.crop_padding * size / 32),
+            flip=self.flip,
+            rand_augment=self.rand_augment,
+            mixup_alpha=self.mixup_alpha,
+            cutmix_alpha=self.cutmix_alpha,
+        )
+
+    def build_regularizer(self, generator: torch.Generator | None = None) -> nn.Module | None:
+        """The regularizer that the recipe names, None for a baseline."""
+        corrected = self.mode == "corrected"
+        options = {"resample": self.resample, "generator": generator}
+        if self.regularizer == "weak":
+            make = WeakSIGReg.corrected if corrected else WeakSIGReg
+            return make(self.sketch_dim, **options)
+        if self.regularizer == "strong":
+            t_max, n_points = STRONG_GRIDS[self.strong_grid]
+            return SIGReg(self.sketch_dim, t_max, n_points, unbiased=corrected, **options)
+        return None
+
+    def learning_rate(self, epoch: int) -> float:
+        """Rate during ``epoch`` (counted from 0); the cosine steps once an epoch."""
+        if self.schedule == "constant":
+            return self.lr
+        turn = torch.pi * epoch / self.epochs
+        return (
+            self.lr_min + (self.lr - self.lr_min) * (1 + torch.cos(torch.tensor(turn)).item()) / 2
+        )
+
+
+HINTS: dict[str, Any] = typing.get_type_hints(Recipe)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``"lam=0.3"`` as (name, value); values are written as in JSON, words need no quotes.
+
+    Raises:
+        ValueError: no ``=`` in it.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"an override is written name=value, such as lam=0.3, not {text!r}")
+    words = {"none": None, "true": True, "false": False}
+    name, word = name.strip(), value.strip()
+    choices = [a for h in _alternatives(HINTS.get(name)) for a in typing.get_args(h)]
+    if word in choices:  # norm=none is a word, clip_norm=none is nothing
+        return name, word
+    if word.lower() in words:
+        return name, words[word.lower()]
+    try:
+        return name, json.loads(word)
+    except json.JSONDecodeError:
+        return name, word
+
+
+def find(name: str) -> Recipe:
+    """The named recipe.
+
+    Raises:
+        ValueError: no such recipe; the nearest is named.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown recipe {name!r}; did you mean {near!r}? (`sigreg list`)")
+    return RECIPES[name]
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return (hint,) if typing.get_origin(hint) in (Literal, None, tuple) else typing.get_args(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is type(None):
+        return value is None
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
+        fixed = Ellipsis not in typing.get_args(hint)
+        return (
+            isinstance(value, tuple)
+            and all(_fits(v, inner[0]) for v in value)
+            and (not fixed or len(value) == len(inner))
+        )
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    options = _alternatives(hint)
+    if any(_fits(value, option) for option in options):
+        return
+    words = [w for option in options for w in typing.get_args(option) if isinstance(w, str)]
+    if words and isinstance(value, str):
+        near = difflib.get_close_matches(value, words, n=1, cutoff=0)[0]
+        raise ValueError(f"{name} is one of {', '.join(words)}, not {value!r}; meant {near!r}?")
+    kind = " or ".join(getattr(o, "__name__", str(o)).replace("NoneType", "none") for o in options)
+    raise ValueError(f"{name} must be {' | '.join(words) or kind}, not {value!r}")
+
+
+_CIFAR_MEAN, _CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+_LAMBDA = {"none": 0.1, "weak": 0.1, "strong": 0.01}
+
+_STRONG_AUGMENTATION: dict[str, Any] = {
+    "crop_padding": 4,
+    "flip": True,
+    "rand_augment": (2, 9),
+    "mixup_alpha": 0.8,
+    "cutmix_alpha": 1.0,
+}
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    # Tables 1 to 3
+    "vit": {
+        "model": "vit",
+        "width": 256,
+        "depth": 6,
+        "residual": True,
+        "norm": "layer",
+        "taps": "blocks.*",
+        "weight_decay": 5e-4,
+        **_STRONG_AUGMENTATION,
+    },
+    "expert": {
+        "model": "vit",
+        "width": 192,
+        "depth": 9,
+        "residual": True,
+        "norm": "layer",
+        "taps": "blocks.*",
+        "heads": 3,
+        "mlp_ratio": 4.0,
+        "rotary": "none",
+        "class_token": True,
+        "position_embedding": True,
+        "qkv_bias": True,
+        "drop_path": 0.1,
+        "init": "expert",
+        "weight_decay": 0.05,
+        "lr_min": 1e-5,
+        "clip_norm": 1.0,
+        "mean": _CIFAR_MEAN,
+        "std": _CIFAR_STD,
+        **_STRONG_AUGMENTATION,
+    },
+    "mlp": {
+        "model": "mlp",
+        "width": 1024,
+        "depth": 5,
+        "residual": False,
+        "norm": "none",
+        "taps": "layers.*",
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "schedule": "constant",
+        "clip_norm": 1.0,
+        "mean": _CIFAR_MEAN,
+        "std": _CIFAR_STD,
+        "crop_padding": 4,
+        "flip": True,
+    },
+}
+_AS_TEXT = {"resample": False, "convex": False, "clip_norm": 1.0, "residual": False}
+_FAMILIES |= {
+    # as the paper's text says: no residual connections, S fixed, additive lambda, clipping
+    "vit-text": _FAMILIES["vit"] | _AS_TEXT | {"norm": "none"},
+    "vit-noskip": _FAMILIES["vit"] | _AS_TEXT,
+    # what the loss is to stand in for
+    "vit-bn": _FAMILIES["vit"] | {"norm": "batch"},
+    "mlp-bn": _FAMILIES["mlp"] | {"norm": "batch"},
+    "mlp-bn-skip": _FAMILIES["mlp"] | {"norm": "batch", "residual": True},
+    # deep plain networks on the embedded digits
+    "digits": {
+        "model": "mlp",
+        "width": 256,
+        "depth": 16,
+        "residual": False,
+        "norm": "none",
+        "taps": "layers.*",
+        "schedule": "constant",
+        "epochs": 40,
+        "precision": "float32",
+    },
+}
+
+RECIPES: dict[str, Recipe] = {
+    f"{family}/{method}": Recipe(
+        name=f"{family}/{method}",
+        regularizer=method,  # type: ignore[arg-type]
+        lam=_LAMBDA[method],
+        **settings,
+    )
+    for family, settings in _FAMILIES.items()
+    for method in ("none", "strong", "weak")
+}
+"""The named rows, ``family/method``: the paper's vit, expert and mlp, and their variants."""

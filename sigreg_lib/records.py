@@ -1,0 +1,234 @@
+"""The run record: one JSON file a run, small enough to read, the only thing that feeds a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+HISTORY = (
+    "epoch", "train_loss", "train_accuracy", "regularizer", "regularizer_floor", "test_loss",
+    "test_accuracy", "effective_dim", "grad_norm", "seconds",
+)  # fmt: skip
+STATUSES = ("partial", "finished", "diverged")
+
+
+@dataclass
+class Record:
+    """What a run was and did. Accuracies in percent, losses in nats, times in seconds.
+
+    Attributes:
+        recipe: name of the recipe.
+        overrides: settings that differ from the named recipe.
+        config: all settings as used.
+        seed: of everything random.
+        dataset: name of the data set.
+        history: one list a column of :data:`HISTORY`, one entry an epoch; None where a value does
+            not exist (the regularizer of a baseline) or is not finite (a diverged run).
+        layers: ``names`` of the tapped layers and, for each measure, one row an epoch with a value
+            a layer: ``regularizer`` (training batches), and on the first 2,000 test images
+            ``effective_dim`` (participation ratio), ``weak``, ``strong`` (K = 64, batches of 128),
+            ``feature_norm``, ``mean_cosine``; ``spectrum`` maps an epoch to the eigenvalues of each
+            layer's covariance at :func:`spectrum_ranks`.
+        epochs_planned: length of the schedule.
+        status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
+        provenance: commit, clean tree, torch, device, threads, precision, start, end, wall seconds.
+    """
+
+    recipe: str
+    overrides: dict[str, Any]
+    config: dict[str, Any]
+    seed: int
+    dataset: str
+    epochs_planned: int
+    history: dict[str, list] = field(default_factory=lambda: {name: [] for name in HISTORY})
+    layers: dict[str, Any] = field(default_factory=dict)
+    status: str = "partial"
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return len(self.history["epoch"])
+
+    @property
+    def name(self) -> str:
+        """The file's stem: recipe, overrides and seed."""
+        return run_name(self.recipe, self.overrides, self.seed)
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The last epoch's history entry."""
+        return self.at(self.epochs) if self.epochs else None
+
+    @property
+    def best_test(self) -> dict[str, Any] | None:
+        """Epoch and value of the highest test accuracy: as published, an optimistic figure."""
+        done = [(a, e) for a, e in zip(*self._columns("test_accuracy", "epoch"), strict=True) if a]
+        if not done:
+            return None
+        accuracy, epoch = max(done, key=lambda pair: (pair[0], -pair[1]))
+        return {"epoch": epoch, "test_accuracy": accuracy}
+
+    def _columns(self, *names: str) -> list[list]:
+        return [self.history[name] for name in names]
+
+    def at(self, epoch: int) -> dict[str, Any]:
+        """The history entry of an epoch, counted from 1.
+
+        Raises:
+            ValueError: the run did not get there.
+        """
+        if not 1 <= epoch <= self.epochs:
+            raise ValueError(f"{self.name} has epochs 1 to {self.epochs}, not {epoch}")
+        return {name: column[epoch - 1] for name, column in self.history.items()}
+
+    def to_json(self) -> str:
+        """The file's text: floats at 6 significant digits, history by column, NaN as null."""
+        content = asdict(self) | {"last": self.last, "best_test": self.best_test}
+        order = ("schema", "recipe", "overrides", "seed", "dataset", "status", "epochs_planned")
+        order += ("last", "best_test", "config", "provenance", "history", "layers")
+        lines = [f" {json.dumps(k)}: {_compact(content[k])}" for k in order]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Read and validate.
+
+        Raises:
+            ValueError: not a record of this schema, or one that contradicts itself.
+        """
+        content = json.loads(text)
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"schema {content.get('schema')!r}, expected {SCHEMA}")
+        stated = content.pop("last"), content.pop("best_test")
+        try:
+            record = cls(**content)
+        except TypeError as error:
+            raise ValueError(f"not a run record: {error}") from None
+        record.validate()
+        if stated != (record.last, record.best_test):
+            raise ValueError("last or best_test disagrees with the history")
+        return record
+
+    def validate(self) -> None:
+        """Check what every reader relies on.
+
+        Raises:
+            ValueError: a missing column, columns of different length, epochs out of order, an
+                unknown status, accuracies outside [0, 100], or ``finished`` before the end.
+        """
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {self.status!r}")
+        if set(self.history) != set(HISTORY):
+            raise ValueError(f"history has columns {sorted(self.history)}, not {sorted(HISTORY)}")
+        lengths = {name: len(column) for name, column in self.history.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"history columns differ in length: {lengths}")
+        if self.history["epoch"] != list(range(1, self.epochs + 1)):
+            raise ValueError("history must hold epochs 1, 2, 3, ...")
+        for name in ("train_accuracy", "test_accuracy"):
+            if any(a is not None and not 0 <= a <= 100 for a in self.history[name]):
+                raise ValueError(f"{name} is in percent, between 0 and 100")
+        if (self.status == "finished") != (
+            self.epochs >= self.epochs_planned and self.status != "diverged"
+        ):
+            raise ValueError(
+                f"status {self.status!r} after {self.epochs} of {self.epochs_planned} epochs"
+            )
+
+    def write(self, path: str | Path) -> None:
+        """Validate and write the file in one piece, or not at all."""
+        self.validate()
+        write_atomically(Path(path), self.to_json().encode())
+
+
+def run_name(recipe: str, overrides: dict[str, Any], seed: int) -> str:
+    """``vit-weak+lam=0.3-s0``: a run's name in files."""
+    parts = [recipe.replace("/", "-")]
+    for name, value in overrides.items():
+        text = "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        parts.append(f"{name}={text.replace('/', '-').replace('*', '@')}")
+    return "+".join(parts) + f"-s{seed}"
+
+
+def read(path: str | Path) -> Record:
+    """Read a record.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a valid record; the message names the file.
+    """
+    try:
+        return Record.from_json(Path(path).read_text())
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def select(
+    folder: str | Path, *, recipe: str | None = None, seed: int | None = None, **config: Any
+) -> Iterator[tuple[Path, Record]]:
+    """Records below ``folder``, sorted by path, that have this recipe, seed and settings.
+
+    Raises:
+        ValueError: ``folder`` does not exist, or a file in it is not a valid record.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"no folder of records: {folder}")
+    for path in sorted(Path(folder).rglob("*.json")):
+        record = read(path)
+        if recipe in (None, record.recipe) and seed in (None, record.seed):
+            wanted = json.loads(json.dumps(config))
+            if all(record.config.get(k) == v for k, v in wanted.items()):
+                yield path, record
+
+
+def spectrum_ranks(n_values: int, most: int = 32) -> list[int]:
+    """Which eigenvalues a record keeps: at most ``most`` ranks from 1 to n, evenly in the log."""
+    if n_values <= most:
+        return list(range(1, n_values + 1))
+    steps = [round(n_values ** (i / (most - 1))) for i in range(most)]
+    return sorted(set(steps))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a kill, meets the old content or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def round_floats(value: Any) -> Any:
+    """Floats at 6 significant digits, not-finite ones as None, through lists and dicts."""
+    if isinstance(value, dict):
+        return {str(k): round_floats(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [round_floats(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _compact(value: Any, depth: int = 1) -> str:
+    """JSON with one line for each entry of the outer dictionaries, lists on one line."""
+    if isinstance(value, dict) and value and depth < 3:
+        pad = " " * (depth + 1)
+        inner = [f"{pad}{json.dumps(str(k))}: {_compact(v, depth + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(inner) + "\n" + " " * depth + "}"
+    return json.dumps(round_floats(value), allow_nan=False)

@@ -1,0 +1,251 @@
+"""One step, one epoch, one evaluation.
+
+Data and augmentation live on the device, draws depend on (seed, epoch, step) alone, statistics are
+float32, and nothing waits for the device inside an epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sigreg_lib import diagnostics, records
+from sigreg_lib.attach import attach
+from sigreg_lib.augment import Mix, augment, concatenate, draw, draw_mix, mix
+from sigreg_lib.data import ImageData
+from sigreg_lib.losses import combine, strong_values, weak_values
+from sigreg_lib.models import build_model, redraw_drop_path
+from sigreg_lib.recipes import Recipe
+from sigreg_lib.sketch import directions, gaussian
+
+AUGMENT_AT_ONCE = 4096  # images; large groups share an operation's overhead
+EVALUATE_AT_ONCE = 500
+ORDER_STREAM = 2  # apart from the augmentation's streams of the same (seed, epoch)
+DIAGNOSED = 2000  # test images whose features are looked at after each epoch
+PROBE_BATCH, PROBE_DIM = 128, 64  # Weak and Strong of every run, baselines too, at the tables' N, K
+
+
+class Trainer:
+    """A model in training: everything that a checkpoint holds, and what acts on it.
+
+    Args:
+        recipe: all settings.
+        data: images and labels, already on the device to train on.
+        seed: of weights, order, augmentation, sketches and drop path.
+        compile: compile the step and the evaluation with ``torch.compile``.
+    """
+
+    def __init__(self, recipe: Recipe, data: ImageData, *, seed: int, compile: bool) -> None:
+        self.recipe, self.data, self.seed = recipe, data, seed
+        self.device = data.train_images.device
+        shape = (data.channels, data.size, data.size)
+        model = build_model(
+            recipe.model, shape, data.n_classes, seed=seed, **recipe.model_options()
+        )
+        self.model = model.to(self.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        fused = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
+        make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
+        self.optimizer = make(self.parameters, **fused)
+        self.policy = recipe.policy(data.size)
+        mean, std = recipe.mean or data.mean, recipe.std or data.std
+        if len(mean) != data.channels:
+            mean, std = data.mean, data.std  # a CIFAR recipe on grey images
+        self.mean = 255 * torch.tensor(mean, device=self.device).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=self.device).view(-1, 1, 1)
+
+        self.generator = torch.Generator(self.device)  # sketches and drop path
+        self.regularizer = recipe.build_regularizer(
+            self.generator if recipe.resample else torch.Generator().manual_seed(seed)
+        )
+        self.handle = attach(
+            self.model, recipe.taps, self.regularizer, on=recipe.tap_on, pool=recipe.pool
+        )
+        widths = {z.shape[-1] for z in self._features(data.test_images[:2])}
+        self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
+        self.step = torch.compile(self._loss, dynamic=False) if compile else self._loss
+        self.predict = torch.compile(self._logits, dynamic=False) if compile else self._logits
+
+    # -------------------------------------------------------------- one step
+
+    def _logits(self, images: Tensor, m: Mix | None = None) -> Tensor:
+        x = (images.float() - self.mean) / self.std
+        if m is not None:
+            x = mix(x, m)
+        reduced = self.recipe.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=reduced):
+            return self.model(x).float()
+
+    def _loss(
+        self, images: Tensor, labels: Tensor, m: Mix | None, matrices: dict[int, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """The objective, and (task loss, accuracy, objective, R of each layer) without gradient."""
+        logits = self._logits(images, m)
+        task, correct = cross_entropy(logits, labels), logits.argmax(1) == labels
+        accuracy = correct.float().mean()
+        if m is not None:  # labels are mixed in the proportion of the pixels
+            other = labels[m.partner]
+            task = m.lam * task + (1 - m.lam) * cross_entropy(logits, other)
+            also = (logits.argmax(1) == other).float().mean()
+            accuracy = m.lam * accuracy + (1 - m.lam) * also
+        if self.regularizer is None:
+            r = torch.zeros(1, device=self.device)
+        else:
+            r = self.handle.losses(matrices)
+        self.handle.clear()
+        loss = combine(task, r.mean(), self.recipe.lam, convex=self.recipe.convex)
+        return loss, torch.cat([torch.stack([task, accuracy, loss]), r]).detach()
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Backward pass and optimizer; returns the gradient's norm before clipping."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.recipe.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.parameters, self.recipe.clip_norm, norm, foreach=True
+            )
+        self.optimizer.step()
+        return norm
+
+    # -------------------------------------------------------------- one epoch
+
+    def train_epoch(self, epoch: int, progress=lambda steps: steps) -> dict[str, Any]:
+        """Train on every image once; ``epoch`` counts from 0. Values are means over samples."""
+        recipe, data = self.recipe, self.data
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(epoch)
+        self.generator.manual_seed(self.seed * 1_000_003 + epoch)
+        count = len(data.train_images)
+        stream = np.random.SeedSequence((self.seed, epoch), spawn_key=(ORDER_STREAM,))
+        order = torch.from_numpy(np.random.default_rng(stream).permutation(count))
+        order = order.to(self.device, non_blocking=True)
+        batches = order.split(recipe.batch_size)
+        at_once = max(1, AUGMENT_AT_ONCE // recipe.batch_size)
+        totals, norms = 0.0, 0.0
+        for step in progress(range(len(batches))):
+            if step % at_once == 0:
+                images = self._augmented(batches[step : step + at_once], epoch, step)
+            batch, x = batches[step], images[step % at_once]
+            stats, norm = self._train_step(x, data.train_labels[batch], epoch, step)
+            totals = totals + stats * len(batch)
+            norms = norms + norm
+        task, accuracy, objective, *r = (totals / count).tolist()  # the epoch's one wait
+        r = r if self.regularizer is not None else []
+        return {
+            "train_loss": task,
+            "train_accuracy": 100 * accuracy,
+            "objective": objective,
+            "layers": r,
+            "regularizer": sum(r) / len(r) if r else None,
+            "grad_norm": float(norms) / len(batches),
+        }
+
+    def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        n = len(y)
+        m = draw_mix(self.policy, n, self.data.size, seed=self.seed, epoch=epoch, step=step)
+        redraw_drop_path(self.model, n, self.generator)
+        matrices = {}
+        if self.regularizer is not None:  # drawn here: a compiled step holds no generator
+            matrices = {c: self.regularizer.matrix(z) for c, z in self.like.items()}
+        whole = n == self.recipe.batch_size  # the short last batch would be compiled for itself
+        run = self.step if whole else self._loss
+        loss, stats = run(x, y, m if m is None else m.to(self.device), matrices)
+        return stats, self._update(loss)
+
+    def _augmented(self, batches: tuple[Tensor, ...], epoch: int, first: int) -> tuple[Tensor, ...]:
+        """Augmented images of several steps; each step's depend on (seed, epoch, step) alone."""
+        drawn = [
+            draw(self.policy, len(batch), seed=self.seed, epoch=epoch, step=first + i)
+            for i, batch in enumerate(batches)
+        ]
+        images = self.data.train_images[torch.cat(batches)]
+        images = augment(images, concatenate(drawn), self.policy)
+        return images.split([len(batch) for batch in batches])
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Loss (nats) and accuracy (%) on all test images."""
+        self.model.eval()
+        images, labels = self.data.test_images, self.data.test_labels
+        loss, correct = 0.0, 0.0
+        for x, y in zip(
+            images.split(EVALUATE_AT_ONCE), labels.split(EVALUATE_AT_ONCE), strict=True
+        ):
+            logits = (self.predict if len(x) == EVALUATE_AT_ONCE else self._logits)(x)
+            loss = loss + cross_entropy(logits, y, reduction="sum")
+            correct = correct + (logits.argmax(1) == y).sum()
+        return {
+            "test_loss": float(loss) / len(labels),
+            "test_accuracy": 100 * float(correct) / len(labels),
+        }
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Features of every tapped layer in eval mode, (N, C) float32 each."""
+        self.model.eval()
+        self.handle.always, parts = True, []
+        for x in images.split(EVALUATE_AT_ONCE):
+            self._logits(x)
+            parts.append([self.handle.features[name] for name in self.handle.names])
+        self.handle.always = False
+        self.handle.clear()
+        return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+
+    @torch.no_grad()
+    def diagnose(self, with_spectrum: bool) -> dict[str, list] | None:
+        """Measures of each tapped layer on the first test images; see :class:`Record`.
+
+        None where a layer's features or their squares are not finite.
+        """
+        measures: dict[str, list] = {}
+        features = self._features(self.data.test_images[:DIAGNOSED])
+        if not all(z.square().sum().isfinite() for z in features):
+            return None
+        for z in features:
+            found = {
+                "effective_dim": diagnostics.participation_ratio(z),
+                "feature_norm": diagnostics.feature_norm(z),
+                "mean_cosine": diagnostics.mean_cosine(z),
+            }
+            batches = z[: len(z) // PROBE_BATCH * PROBE_BATCH].view(-1, PROBE_BATCH, z.shape[-1])
+            size = z.shape[-1], PROBE_DIM
+            g = torch.Generator().manual_seed(0)  # the same probe for every run and epoch
+            sketch = gaussian(*size, generator=g, device=z.device)
+            slices = directions(*size, generator=g, device=z.device)
+            whole = z.shape[-1] <= PROBE_DIM
+            found["weak"] = weak_values(batches, None if whole else sketch).mean()
+            found["strong"] = strong_values(batches, slices).mean()
+            for name, value in found.items():
+                measures.setdefault(name, []).append(float(value))
+            if with_spectrum:
+                values = diagnostics.covariance_spectrum(z)
+                ranks = torch.tensor(records.spectrum_ranks(len(values)), device=z.device)
+                measures.setdefault("spectrum", []).append(values[ranks - 1].tolist())
+        return measures
+
+    # -------------------------------------------------------------- between epochs
+
+    def state(self) -> dict[str, Any]:
+        """What the next epoch depends on; its draws start from (seed, epoch)."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over :meth:`state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def floor(self) -> float | None:
+        """Expected R of whitened Gaussian features, averaged over the tapped layers."""
+        if self.regularizer is None:
+            return None
+        features = self._features(self.data.test_images[:2])
+        n = self.recipe.batch_size * (len(features[0]) // 2)
+        floors = [self.regularizer.floor(n, z.shape[-1]) for z in features]
+        return sum(floors) / len(floors)

@@ -1,0 +1,346 @@
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, seeded
+
+from sigreg_lib import records
+from sigreg_lib.data import ImageData, load
+from sigreg_lib.recipes import RECIPES
+from sigreg_lib.train import Run, Trainer, run, sweep, train
+
+SMALL = {"depth": 2, "width": 32, "epochs": 3}
+TINY_VIT = {"depth": 2, "width": 32, "heads": 2, "precision": "float32", "epochs": 2}
+
+
+def striped(n=96, classes=4) -> ImageData:
+    """Images whose class is their brightest column: learnable, tiny."""
+    labels = torch.arange(n) % classes
+    images = torch.randint(0, 100, (n, 3, 8, 8), generator=seeded(0), dtype=torch.uint8)
+    for i, label in enumerate(labels):
+        images[i, :, :, 2 * label] = 255
+    return ImageData(
+        "striped", images, labels, images[:32], labels[:32], tuple("abcd"), (0.5,) * 3, (0.25,) * 3
+    )
+
+
+def options(tmp_path, **more):
+    return {"results": tmp_path / "r", "checkpoints": tmp_path / "c", "quiet": True, **more}
+
+
+def weights(path) -> str:
+    state = torch.load(path, weights_only=True)["model"]
+    parts = [v.numpy().tobytes() for _, v in sorted(state.items())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_the_step_is_the_objective_of_the_formula():
+    """One SGD step by hand: normalise, forward, (1 - lam) CE + lam mean R, clip, update."""
+    data = load("digits")
+    recipe = RECIPES["mlp/weak"].override(
+        depth=2,
+        width=80,
+        precision="float32",
+        lam=0.25,
+        flip=False,
+        crop_padding=0,
+        lr=0.5,
+        clip_norm=0.1,
+    )
+    trainer = Trainer(recipe, data, seed=1, compile=False)
+    trainer.model.train()
+    x, y = data.train_images[:128], data.train_labels[:128]
+    trainer.generator.manual_seed(5)
+    sketch = torch.empty(80, 64).normal_(0, 80**-0.5, generator=torch.Generator().manual_seed(5))
+
+    w = [p.detach().clone().double().requires_grad_() for p in trainer.model.parameters()]
+    h = ((x.double() / 255 - data.mean[0]) / data.std[0]).flatten(1)
+    rs = []
+    for layer in range(2):
+        h = h @ w[2 * layer].T + w[2 * layer + 1]
+        cov = torch.cov((h @ sketch.double()).T)
+        rs.append((cov - torch.eye(64)).square().sum().sqrt())
+        h = h.relu()
+    logits = h @ w[4].T + w[5]
+    ce = -logits.log_softmax(1)[torch.arange(128), y].mean()
+    loss = 0.75 * ce + 0.25 * (rs[0] + rs[1]) / 2
+    grads = torch.autograd.grad(loss, w)
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    expected = [p - 0.5 * g * 0.1 / norm for p, g in zip(w, grads, strict=True)]
+
+    stats, measured = trainer._train_step(x, y, epoch=0, step=0)
+    assert measured.item() == pytest.approx(norm.item(), rel=1e-4)
+    assert norm > 0.1  # clipping was at work
+    assert stats[0].item() == pytest.approx(ce.item(), rel=1e-5)
+    assert stats[2].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert stats[3:].tolist() == pytest.approx([r.item() for r in rs], rel=1e-4)
+    for p, e in zip(trainer.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.double(), e, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_labels_weigh_as_the_pixels():
+    """Training loss under MixUp is lam CE(own) + (1 - lam) CE(partner)."""
+    data = striped()
+    recipe = RECIPES["mlp/none"].override(
+        width=16, depth=1, mixup_alpha=0.8, lam=0.0, flip=False, crop_padding=0, precision="float32"
+    )
+    trainer = Trainer(recipe, data, seed=0, compile=False)
+    x, y = data.train_images[:64], data.train_labels[:64]
+    from sigreg_lib.augment import draw_mix
+
+    m = draw_mix(recipe.policy(8), 64, 8, seed=0, epoch=3, step=1)
+    _, stats = trainer._loss(x, y, m, {})
+    with torch.no_grad():
+        own, other = x.double(), x[m.partner].double()
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (recipe.mean, recipe.std))
+        mixed = ((m.lam * own + (1 - m.lam) * other) / 255 - mean) / std
+        logp = trainer.model(mixed.float()).log_softmax(1)
+    rows = torch.arange(64)
+    expected = -(m.lam * logp[rows, y] + (1 - m.lam) * logp[rows, y[m.partner]]).mean()
+    assert 0.02 < m.lam < 0.98
+    assert stats[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_epoch_visits_every_image_once_and_weighs_the_short_batch_by_its_size():
+    data = striped(n=80)
+    recipe = RECIPES["mlp/none"].override(
+        width=16, depth=1, batch_size=32, lr=0.0, flip=False, crop_padding=0, precision="float32"
+    )
+    trainer = Trainer(recipe, data, seed=0, compile=False)
+    found = trainer.train_epoch(0)
+    with torch.no_grad():
+        logits = trainer._logits(data.train_images)
+        loss = torch.nn.functional.cross_entropy(logits, data.train_labels)
+    correct = (logits.argmax(1) == data.train_labels).float().mean().item()
+    assert found["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["train_accuracy"] == pytest.approx(100 * correct, rel=1e-5)
+    assert found["objective"] == pytest.approx(0.9 * loss.item(), rel=1e-5)
+
+
+def test_test_accuracy_is_the_share_of_correct_predictions():
+    data = load("digits")
+    trainer = Trainer(RECIPES["digits/weak"].override(**SMALL), data, seed=0, compile=False)
+    trainer.train_epoch(0)
+    found = trainer.evaluate()
+    with torch.no_grad():
+        predicted = trainer.model.eval()((data.test_images / 255 - data.mean[0]) / data.std[0])
+    right = (predicted.argmax(1) == data.test_labels).sum().item()
+    assert found["test_accuracy"] == pytest.approx(100 * right / 500, abs=1e-9)
+
+
+def test_the_digits_are_learned_and_the_record_tells_it(tmp_path):
+    record = train(RECIPES["digits/weak"].override(depth=3, epochs=8), **options(tmp_path))
+    assert record.status == "finished" and record.epochs == 8
+    assert record.last["test_accuracy"] > 93
+    assert record.history["train_loss"][-1] < 0.5 * record.history["train_loss"][0]
+    path = tmp_path / "r" / "digits" / "digits-weak+depth=3+epochs=8-s0.json"
+    assert records.read(path) == record
+    assert record.layers["names"] == ["layers.0", "layers.1", "layers.2"]
+    assert len(record.layers["effective_dim"]) == 8 and len(record.layers["weak"][0]) == 3
+    assert set(record.layers["spectrum"]) == {"1", "2", "5", "8"}
+    # the floor of Weak at N = 128, C = 256, K = 64
+    assert record.history["regularizer_floor"][0] == pytest.approx(7.01, abs=0.02)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    recipe = RECIPES["digits/weak"].override(**SMALL)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    a, b, c = (
+        train(recipe, seed=s, **options(tmp_path / n)) for s, n in ((0, "a"), (0, "b"), (1, "c"))
+    )
+    same = [name for name in records.HISTORY if name != "seconds"]
+    assert all(a.history[n] == b.history[n] for n in same)
+    assert a.history["train_loss"] != c.history["train_loss"]
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert np.array_equal(state[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "name", ["vit/none", "vit/weak", "vit/strong", "expert/weak", "mlp/strong"]
+)
+def test_stopping_and_going_on_equals_one_run(tmp_path, name):
+    """With all that is random switched on: sketches, drop path, RandAugment, MixUp and CutMix."""
+    small = SMALL | {"precision": "float32"} if name.startswith("mlp") else TINY_VIT
+    recipe = RECIPES[name].override(**small | {"batch_size": 40})
+    data = striped()
+    whole = train(recipe, data=data, **options(tmp_path / "a"))
+    for epochs in range(1, recipe.epochs + 1):
+        parts = train(recipe, data=data, epochs=epochs, **options(tmp_path / "b"))
+        assert parts.status == ("finished" if epochs == recipe.epochs else "partial")
+    a, b = (next((tmp_path / n / "c").rglob("*.pt")) for n in "ab")
+    assert weights(a) == weights(b)
+    assert whole.history["test_accuracy"] == parts.history["test_accuracy"]
+
+
+def test_a_run_that_has_its_epochs_is_not_repeated(tmp_path):
+    recipe = RECIPES["digits/none"].override(**SMALL)
+    first = train(recipe, epochs=2, **options(tmp_path))
+    path = next((tmp_path / "r").rglob("*.json"))
+    before = path.read_bytes()
+    assert train(recipe, epochs=1, **options(tmp_path)).history == first.history
+    assert path.read_bytes() == before
+    assert train(recipe, epochs=3, **options(tmp_path)).status == "finished"
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    recipe = RECIPES["digits/none"].override(**SMALL)
+    train(recipe, epochs=1, **options(tmp_path))
+    checkpoint = next((tmp_path / "c").rglob("*.pt"))
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["record"] = saved["record"].replace('"lr": 0.001', '"lr": 0.002')
+    torch.save(saved, checkpoint)
+    with pytest.raises(ValueError, match="other settings"):
+        train(recipe, epochs=2, **options(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tmp_path):
+    recipe = RECIPES["mlp/none"].override(
+        depth=2, width=32, lr=1e30, clip_norm=None, precision="float32", batch_size=32
+    )
+    record = train(recipe, data=striped(), **options(tmp_path))
+    assert record.status == "diverged" and record.epochs < 10
+    assert record.last["train_loss"] is None
+    path = next((tmp_path / "r").rglob("*.json"))
+    assert records.read(path).status == "diverged"
+    before = path.read_bytes()
+    assert train(recipe, data=striped(), **options(tmp_path)).status == "diverged"
+    assert path.read_bytes() == before  # it is not tried again
+
+
+def test_a_weaker_network_than_chance_is_no_divergence(tmp_path):
+    record = train(
+        RECIPES["digits/none"].override(**SMALL | {"lr": 0.0}), epochs=1, **options(tmp_path)
+    )
+    assert record.status == "partial"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"epochs": 0}, r"epochs must lie in 1\.\.3"),
+        ({"epochs": 4}, r"epochs must lie in 1\.\.3"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"device": "gpu"}, "device must be auto, cpu or cuda"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        train(RECIPES["digits/none"].override(**SMALL), **options(tmp_path, **more))
+
+
+def _start(folder, epochs):
+    command = [sys.executable, "-m", "sigreg_lib", "run", "digits/weak", "--epochs", str(epochs)]
+    command += ["--set", "depth=3", "--set", "width=128", "--threads", "1", "--no-compile"]
+    command += ["--results", str(folder / "r"), "--checkpoints", str(folder / "c")]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
+    """A real SIGKILL, several times in one run, against the run left alone."""
+    epochs, chance = 12, random.Random(0)
+    alone = _start(tmp_path / "alone", epochs)
+    started = time.perf_counter()
+    for line in alone.stdout:
+        if "epoch 1/" in line:
+            first = time.perf_counter() - started
+    alone.stdout.close()
+    assert alone.wait() == 0
+    rest = time.perf_counter() - started - first
+    kills = 0
+    for _ in range(3):
+        victim = _start(tmp_path / "killed", epochs)
+        line = victim.stdout.readline()  # it has begun: says where it goes on, or its first epoch
+        time.sleep(chance.uniform(0, rest / 4))
+        if line and victim.poll() is None:
+            victim.send_signal(signal.SIGKILL)
+            kills += victim.wait() == -signal.SIGKILL
+        victim.stdout.close()
+        for path in (tmp_path / "killed").rglob("*.json"):
+            records.read(path)  # never half a record
+    assert kills >= 1, "no run was killed before its end: the test shows nothing"
+    last = _start(tmp_path / "killed", epochs)
+    last.communicate()
+    assert last.returncode == 0
+    a, b = (next((tmp_path / n / "c").rglob("*.pt")) for n in ("alone", "killed"))
+    assert weights(a) == weights(b)
+    a, b = (records.read(next((tmp_path / n / "r").rglob("*.json"))) for n in ("alone", "killed"))
+    assert a.history["train_loss"] == b.history["train_loss"] and b.status == "partial"
+
+
+def test_compiled_and_eager_steps_agree():
+    data = striped()
+    recipe = RECIPES["vit/weak"].override(**TINY_VIT | {"batch_size": 48})
+    eager, compiled = (Trainer(recipe, data, seed=0, compile=c) for c in (False, True))
+    results = [t.train_epoch(0) for t in (eager, compiled)]
+    for name in ("train_loss", "regularizer", "grad_norm"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
+    for p, q in zip(eager.model.parameters(), compiled.model.parameters(), strict=True):
+        # Adam's first steps are of size lr whatever the gradient: tiny ones may turn sign
+        assert (p - q).abs().max() < 4 * recipe.lr
+    assert eager.evaluate()["test_loss"] == pytest.approx(
+        compiled.evaluate()["test_loss"], rel=1e-3
+    )
+
+
+def test_a_sweep_does_each_run_once_and_gives_them_in_order(tmp_path, capsys):
+    runs = [Run("digits/none", s, SMALL) for s in (1, 0)] + [Run("digits/weak", 0, SMALL)]
+    found = sweep(runs, workers=2, epochs=1, **options(tmp_path))
+    assert [(r.recipe, r.seed) for r in found] == [(r.recipe, r.seed) for r in runs]
+    assert len(list((tmp_path / "r").rglob("*.json"))) == 3
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*.json")}
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 3 and all("partial, epoch 1/3, test" in line for line in lines)
+    again = sweep(runs, workers=1, epochs=1, **options(tmp_path))
+    assert [r.history for r in again] == [r.history for r in found]  # in another process too
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*.json")}
+
+
+def test_a_sweep_goes_on_after_a_failure_and_names_it(tmp_path, capsys):
+    runs = [Run("digits/none", 0, SMALL | {"epochs": 1}), Run("digits/weak", 0, SMALL)]
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed: digits-none\+"):
+        sweep(runs, epochs=2, **options(tmp_path))
+    assert "epochs must lie in 1..1" in capsys.readouterr().out
+    assert len(list((tmp_path / "r").rglob("*.json"))) == 1
+
+
+def test_a_sweep_refuses_unknown_settings_and_twins_before_it_starts(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'depth'"):
+        sweep([Run("digits/none"), Run("digits/none", 0, {"detph": 1})], **options(tmp_path))
+    with pytest.raises(ValueError, match="given twice: digits-none-s0"):
+        sweep([Run("digits/none"), Run("digits/none", 0, {"depth": 16})], **options(tmp_path))
+    assert not (tmp_path / "r").exists()
+
+
+def test_provenance_says_what_ran(tmp_path):
+    record = train(RECIPES["digits/none"].override(**SMALL), epochs=1, **options(tmp_path))
+    p = record.provenance
+    assert p["torch"] == torch.__version__ and p["threads"] == torch.get_num_threads()
+    assert p["precision"] == "float32" and p["compiled"] is False and p["wall_seconds"] > 0
+    assert p["start"] <= p["end"]
+    assert p["commit"] is None or len(p["commit"]) == 40
+    assert str(ROOT) not in json.dumps(p)  # nothing of the machine's folders
+
+
+def test_checkpoints_hold_tensors_and_plain_values_only(tmp_path):
+    train(RECIPES["digits/weak"].override(**SMALL), epochs=1, **options(tmp_path))
+    path = next((tmp_path / "c").rglob("*.pt"))
+    assert set(torch.load(path, weights_only=True)) == {"model", "optimizer", "record"}
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_cifar_runs_from_its_parquet_files(cifar100_root, tmp_path):
+    recipe = RECIPES["mlp/weak"].override(width=64, depth=2, batch_size=500)
+    record = train(recipe, data=cifar100_root, epochs=1, **options(tmp_path))
+    assert record.dataset == "cifar100" and record.last["test_accuracy"] > 2.0  # chance is 1
+
+
+def test_the_spectrum_is_kept_at_set_epochs_and_the_last():
+    assert 400 in run.SPECTRUM_EPOCHS and 1 in run.SPECTRUM_EPOCHS
