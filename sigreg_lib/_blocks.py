@@ -55,10 +55,11 @@ class Attention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, heads, tokens, d = q.shape
-    # Scaling q first, three-dimensional products and no dropout: nothing that the compiler takes
-    # for attention and rewrites into the fused kernel.
-    q, k, v = (u.reshape(n * heads, tokens, d) for u in (q * d**-0.5, k, v))
-    weights = torch.bmm(q, k.transpose(1, 2)).softmax(dim=-1)  # sums in float32 or better
+    q, k, v = (u.reshape(n * heads, tokens, d) for u in (q, k, v))
+    # baddbmm scales the scores before they are rounded; and the compiler, which would rewrite a
+    # matmul, softmax, matmul into the fused kernel, does not take this for attention.
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=d**-0.5)
+    weights = scores.softmax(dim=-1)  # sums in float32 or better, whatever the dtype
     return torch.bmm(weights, v).view(n, heads, tokens, d)
 
 

@@ -58,9 +58,7 @@ def covariance_spectrum(z: Tensor) -> Tensor:
 
     Source: the spectrum of Jing et al., arXiv 2110.09348.
     """
-    n = check_samples(z).shape[-2]
-    sigma = torch.linalg.svdvals(_centred(check_samples(z)))
-    return sigma[..., : n - 1].square() / (n - 1)
+    return _spectrum(_centred(check_samples(z)))
 
 
 def spectral_entropy(z: Tensor) -> Tensor:
@@ -79,7 +77,7 @@ def spectral_entropy(z: Tensor) -> Tensor:
 
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007, applied to the covariance.
     """
-    return _entropy(covariance_spectrum(_to_unit_scale(_centred(check_samples(z)))))
+    return _entropy(_spectrum(_to_unit_scale(_centred(check_samples(z)))))
 
 
 def effective_rank(z: Tensor) -> Tensor:
@@ -172,6 +170,12 @@ def _centred(z: Tensor) -> Tensor:
     # far larger than the spread costs no digits.
     z = z - z[..., :1, :]
     return z - z.mean(-2, keepdim=True)
+
+
+def _spectrum(centred: Tensor) -> Tensor:
+    n = centred.shape[-2]
+    # The last of N singular values is zero but for rounding: centring takes one dimension.
+    return torch.linalg.svdvals(centred)[..., : n - 1].square() / (n - 1)
 
 
 def _to_unit_scale(z: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ TITLE = "Weak-SIGReg: Covariance Regularization for Stable Deep Learning"
 ARXIV = "2603.05924"
 VENUE = "ICLR 2026"
 CITATION = f"{TITLE}, {VENUE}, arXiv {ARXIV}"
-LEJEPA_ARXIV = "2511.08544"
 
 EPOCHS = 400
 BATCH_SIZE = 128

@@ -31,11 +31,12 @@ class Record:
         dataset: name of the data set.
         history: one list a column of :data:`HISTORY`, one entry an epoch; None where a value does
             not exist (the regularizer of a baseline) or is not finite (a diverged run).
-        layers: ``names`` of the tapped layers and, for each measure, one row an epoch with a value
-            a layer: ``regularizer`` (training batches), and on the first 2,000 test images
-            ``effective_dim`` (participation ratio), ``weak``, ``strong`` (K = 64, batches of 128),
-            ``feature_norm``, ``mean_cosine``; ``spectrum`` maps an epoch to the eigenvalues of each
-            layer's covariance at :func:`spectrum_ranks`.
+        layers: ``names`` of the tapped layers, ``epoch`` of each look at them (the first ten, then
+            every 5th, from 50 every 10th, and the last of a run), and one row a look with a value
+            a layer, floats at 4 digits: ``regularizer`` (training batches) and, on the first 2,000
+            test images, ``effective_dim`` (participation ratio), ``weak``, ``strong`` (K = 64,
+            batches of 128), ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues of the
+            covariance at :func:`spectrum_ranks`).
         epochs_planned: length of the schedule.
         status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
         provenance: commit, clean tree, torch, device, threads, precision, start, end, wall seconds.
@@ -214,14 +215,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def round_floats(value: Any) -> Any:
-    """Floats at 6 significant digits, not-finite ones as None, through lists and dicts."""
+def round_floats(value: Any, digits: int = 6) -> Any:
+    """Floats at so many significant digits, not-finite ones as None, through lists and dicts."""
     if isinstance(value, dict):
-        return {str(k): round_floats(v) for k, v in value.items()}
+        return {str(k): round_floats(v, digits) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [round_floats(v) for v in value]
+        return [round_floats(v, digits) for v in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 

@@ -93,6 +93,9 @@ KINDS = {"gaussian": gaussian, "orthonormal": orthonormal, "directions": directi
 
 _SOURCES: weakref.WeakValueDictionary[int, MatrixSource] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
+_STREAM = (
+    0x51672E65  # keeps our draws apart from data or weights drawn elsewhere from the same seed
+)
 
 
 class MatrixSource:
@@ -105,8 +108,8 @@ class MatrixSource:
         kind: ``"gaussian"``, ``"orthonormal"`` or ``"directions"``.
         n_columns: K; an orthonormal matrix has min(K, C) columns.
         resample: draw anew at every call.
-        generator: source of the draws, on any device; default a private one seeded with ``seed``.
-        seed: seed of the private generator, and of fixed matrices when no generator is given.
+        generator: source of the draws, on any device; default a private one seeded from ``seed``.
+        seed: of the private generator, and of fixed matrices when no generator is given.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class MatrixSource:
         self.kind, self.n_columns, self.resample, self.seed = kind, n_columns, resample, seed
         self.generator = generator
         self._fixed: dict[int, Tensor] = {}
+        self._calls = torch.zeros((), dtype=torch.int64)  # of compiled draws, see _draw_matrix
         self._register()
 
     def _register(self) -> None:
@@ -157,11 +161,10 @@ class MatrixSource:
             return matrix
         generator = self.generator
         if generator is None:
-            generator = torch.Generator().manual_seed(self.seed)
+            seed = _STREAM + self.seed * 1_000_003
+            generator = torch.Generator().manual_seed(seed + (0 if self.resample else n_channels))
             if self.resample:
                 self.generator = generator
-            else:
-                generator.manual_seed(self.seed * 1_000_003 + n_channels)
         make = KINDS[self.kind]
         # a matrix that is kept must be a plain tensor, whatever mode the first call came from
         with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
@@ -174,20 +177,26 @@ class MatrixSource:
         """The matrix for the channels (last dimension) and the device of ``like``."""
         n_channels = like.shape[-1]
         if torch.compiler.is_compiling():
-            return _draw_matrix(like.detach(), self.key, n_channels, self.columns(n_channels))
+            place = torch.empty(0, device=like.device)  # not ``like``, which vmap would split
+            columns = self.columns(n_channels)
+            return _draw_matrix(self._calls, place, self.key, n_channels, columns)
         return self.draw(n_channels, like.device)
 
 
-# A generator object cannot enter a compiled graph; an opaque operator can. The tag keeps the
-# compiler from merging two draws into one or repeating one in the backward pass.
+# A generator object cannot enter a compiled graph; an opaque operator can. Changing ``calls`` keeps
+# the compiler from taking draws in another order; the tags keep it from merging two draws into one,
+# repeating one in the backward pass, or recording one in a CUDA graph.
 @torch.library.custom_op(
-    "sigreg_lib::draw_matrix", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+    "sigreg_lib::draw_matrix",
+    mutates_args=("calls",),
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
-def _draw_matrix(like: Tensor, key: int, n_channels: int, n_columns: int) -> Tensor:
+def _draw_matrix(calls: Tensor, like: Tensor, key: int, n_channels: int, n_columns: int) -> Tensor:
+    calls.add_(1)
     matrix = _SOURCES[key].draw(n_channels, like.device)
     return matrix if _SOURCES[key].resample else matrix.clone()  # the graph may reuse its memory
 
 
 @_draw_matrix.register_fake
-def _(like: Tensor, key: int, n_channels: int, n_columns: int) -> Tensor:
+def _(calls: Tensor, like: Tensor, key: int, n_channels: int, n_columns: int) -> Tensor:
     return like.new_empty((n_channels, n_columns), dtype=torch.float32)

@@ -65,7 +65,7 @@ class Trainer:
         self.handle = attach(
             self.model, recipe.taps, self.regularizer, on=recipe.tap_on, pool=recipe.pool
         )
-        widths = {z.shape[-1] for z in self._features(data.test_images[:2])}
+        widths = {z.shape[-1] for z in self._look(data.test_images[:2])[1]}
         self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
         self.step = torch.compile(self._loss, dynamic=False) if compile else self._loss
         self.predict = torch.compile(self._logits, dynamic=False) if compile else self._logits
@@ -170,65 +170,78 @@ class Trainer:
         return images.split([len(batch) for batch in batches])
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
-        """Loss (nats) and accuracy (%) on all test images."""
-        self.model.eval()
+    def evaluate(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """Loss (nats) and accuracy (%) on all test images; features of the first of them.
+
+        Features are those of each tapped layer, shape (min(DIAGNOSED, N), C), float32.
+        """
         images, labels = self.data.test_images, self.data.test_labels
-        loss, correct = 0.0, 0.0
-        for x, y in zip(
-            images.split(EVALUATE_AT_ONCE), labels.split(EVALUATE_AT_ONCE), strict=True
-        ):
-            logits = (self.predict if len(x) == EVALUATE_AT_ONCE else self._logits)(x)
+        loss, correct, parts = 0.0, 0.0, []
+        for i in range(0, len(labels), EVALUATE_AT_ONCE):
+            x, y = images[i : i + EVALUATE_AT_ONCE], labels[i : i + EVALUATE_AT_ONCE]
+            predict = self.predict if len(x) == EVALUATE_AT_ONCE else self._logits
+            logits, features = self._look(x, predict)
             loss = loss + cross_entropy(logits, y, reduction="sum")
             correct = correct + (logits.argmax(1) == y).sum()
-        return {
+            if i < DIAGNOSED:
+                parts.append(features)
+        found = {
             "test_loss": float(loss) / len(labels),
             "test_accuracy": 100 * float(correct) / len(labels),
         }
+        return found, [torch.cat(layer)[:DIAGNOSED] for layer in zip(*parts, strict=True)]
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> list[Tensor]:
-        """Features of every tapped layer in eval mode, (N, C) float32 each."""
+    def _look(self, images: Tensor, predict=None) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the features of every tapped layer, in eval mode."""
         self.model.eval()
-        self.handle.always, parts = True, []
-        for x in images.split(EVALUATE_AT_ONCE):
-            self._logits(x)
-            parts.append([self.handle.features[name] for name in self.handle.names])
+        self.handle.always = True
+        logits = (predict or self._logits)(images)
+        features = [self.handle.features[name] for name in self.handle.names]
         self.handle.always = False
         self.handle.clear()
-        return [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        return logits, features
 
     @torch.no_grad()
-    def diagnose(self, with_spectrum: bool) -> dict[str, list] | None:
-        """Measures of each tapped layer on the first test images; see :class:`Record`.
+    def diagnose(self, features: list[Tensor], fully: bool = True) -> dict[str, list] | None:
+        """Measures of each tapped layer; see :class:`~sigreg_lib.records.Record`.
 
-        None where a layer's features or their squares are not finite.
+        Only the effective dimension unless ``fully``; None where a layer's features or their
+        squares are not finite.
         """
         measures: dict[str, list] = {}
-        features = self._features(self.data.test_images[:DIAGNOSED])
-        if not all(z.square().sum().isfinite() for z in features):
-            return None
-        for z in features:
-            found = {
-                "effective_dim": diagnostics.participation_ratio(z),
-                "feature_norm": diagnostics.feature_norm(z),
-                "mean_cosine": diagnostics.mean_cosine(z),
-            }
-            batches = z[: len(z) // PROBE_BATCH * PROBE_BATCH].view(-1, PROBE_BATCH, z.shape[-1])
-            size = z.shape[-1], PROBE_DIM
-            g = torch.Generator().manual_seed(0)  # the same probe for every run and epoch
-            sketch = gaussian(*size, generator=g, device=z.device)
-            slices = directions(*size, generator=g, device=z.device)
-            whole = z.shape[-1] <= PROBE_DIM
-            found["weak"] = weak_values(batches, None if whole else sketch).mean()
-            found["strong"] = strong_values(batches, slices).mean()
-            for name, value in found.items():
-                measures.setdefault(name, []).append(float(value))
-            if with_spectrum:
-                values = diagnostics.covariance_spectrum(z)
-                ranks = torch.tensor(records.spectrum_ranks(len(values)), device=z.device)
-                measures.setdefault("spectrum", []).append(values[ranks - 1].tolist())
+        for shape in {z.shape for z in features}:
+            members = [i for i, z in enumerate(features) if z.shape == shape]
+            z = torch.stack([features[i] for i in members])  # layers of one shape at once
+            if not z.square().sum((1, 2)).isfinite().all():
+                return None
+            found = {"effective_dim": diagnostics.participation_ratio(z)}
+            if fully:
+                found |= self._measure(z)
+            for name, values in found.items():
+                column = measures.setdefault(name, [None] * len(features))
+                for i, value in zip(members, values.tolist(), strict=True):
+                    column[i] = value
         return measures
+
+    def _measure(self, z: Tensor) -> dict[str, Tensor]:
+        """Each measure of each layer; z of shape (layers, N, C)."""
+        size = z.shape[-1], PROBE_DIM
+        g = torch.Generator().manual_seed(0)  # the same probe for every run and epoch
+        sketch = gaussian(*size, generator=g, device=z.device)
+        slices = directions(*size, generator=g, device=z.device)
+        n = z.shape[1] // PROBE_BATCH * PROBE_BATCH
+        batches = z[:, :n].unflatten(1, (-1, PROBE_BATCH))
+        narrow = z.shape[-1] <= PROBE_DIM
+        spectrum = diagnostics.covariance_spectrum(z)
+        ranks = torch.tensor(records.spectrum_ranks(spectrum.shape[-1]), device=z.device)
+        return {
+            "spectrum": spectrum[:, ranks - 1],
+            "feature_norm": diagnostics.feature_norm(z),
+            "mean_cosine": diagnostics.mean_cosine(z),
+            "weak": weak_values(batches, None if narrow else sketch).mean(1),
+            "strong": strong_values(batches, slices).mean(1),
+        }
 
     # -------------------------------------------------------------- between epochs
 
@@ -245,7 +258,7 @@ class Trainer:
         """Expected R of whitened Gaussian features, averaged over the tapped layers."""
         if self.regularizer is None:
             return None
-        features = self._features(self.data.test_images[:2])
+        _, features = self._look(self.data.test_images[:2])
         n = self.recipe.batch_size * (len(features[0]) // 2)
         floors = [self.regularizer.floor(n, z.shape[-1]) for z in features]
         return sum(floors) / len(floors)

@@ -20,7 +20,10 @@ from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train.loop import Trainer
 
-SPECTRUM_EPOCHS = (1, 2, 5, 10, 20, 40, 70, 100, 200, 300, 400)
+
+def looked_at(epoch: int) -> bool:
+    """Epochs after which every layer is measured: 1 to 10, then every 5th, from 50 every 10th."""
+    return epoch <= 10 or epoch % (5 if epoch <= 50 else 10) == 0
 
 
 def train(
@@ -127,28 +130,28 @@ def train(
 def _append(record: Record, trainer: Trainer, trained, tested, floor, start, last: bool) -> None:
     """Add an epoch to the record; a loss or a feature that is not finite ends the run."""
     epoch = record.epochs + 1
-    losses = trained["objective"], trained["grad_norm"], tested["test_loss"]
+    (tested, features) = tested
+    look = last or looked_at(epoch)
     layers = None
-    if np.isfinite(losses).all():
-        layers = trainer.diagnose(last or epoch in SPECTRUM_EPOCHS)
+    if np.isfinite((trained["objective"], trained["grad_norm"], tested["test_loss"])).all():
+        layers = trainer.diagnose(features, look)
     diverged = layers is None
-    layers = layers or {}
+    layers = layers or {"effective_dim": [None]}
     entry = {
         "epoch": epoch,
         "regularizer_floor": floor,
-        "effective_dim": layers.get("effective_dim", [None])[-1],
+        "effective_dim": layers["effective_dim"][-1],
         "seconds": time.perf_counter() - start,
         **{k: v for k, v in (trained | tested).items() if k in records.HISTORY},
     }
     for name in records.HISTORY:
         record.history[name].append(records.round_floats(entry[name]))
     record.layers.setdefault("names", list(trainer.handle.names))
-    spectrum = layers.pop("spectrum", None)
-    if spectrum:
-        record.layers.setdefault("spectrum", {})[str(epoch)] = records.round_floats(spectrum)
-    for name, values in ({"regularizer": trained["layers"]} | layers).items():
-        if values:
-            record.layers.setdefault(name, []).append(records.round_floats(values))
+    if look and not diverged:
+        row = {"epoch": epoch, "regularizer": trained["layers"]} | layers
+        for name, values in row.items():
+            if values:
+                record.layers.setdefault(name, []).append(records.round_floats(values, 4))
     if diverged:
         record.status = "diverged"
     elif epoch == record.epochs_planned:
