@@ -34,7 +34,7 @@ class MLP(nn.Module):
               \text{logits} = W h_L + b
 
     `layers.i` outputs z_i, the pre-activation; `norms.i`, the norm nu, follows it. With `residual`,
-    h_i = h_{i-1} + ReLU(nu(z_i)) where the shapes agree: in all hidden layers but the first.
+    h_i = h_{i-1} + ReLU(nu(z_i)) in all hidden layers but the first, whose shapes do not agree.
     Weights and biases start from PyTorch's default law, U(-1, 1) / sqrt(fan_in).
 
     Args:
@@ -86,9 +86,9 @@ class VisionTransformer(nn.Module):
               x \leftarrow x + \mathrm{mlp}(\nu_2(x)), \quad
               \text{logits} = W\, \mathrm{pool}(\nu(x)) + b
 
-    `blocks.i` outputs (N, tokens, width), class token first, in the parameters' dtype inside
-    autocast too; `blocks.i.attention` and `blocks.i.mlp` output the branches, before drop path and
-    addition. The recipe "expert" is `width=192, depth=9, heads=3, mlp_ratio=4, rotary="none",
+    `blocks.i` outputs (N, tokens, width), class token first; `blocks.i.attention` and
+    `blocks.i.mlp` output the branches, before drop path and addition. The residual stream keeps the
+    parameters' dtype inside autocast. The recipe "expert" is `width=192, depth=9, heads=3, mlp_ratio=4, rotary="none",
     class_token=True, position_embedding=True, qkv_bias=True, drop_path=0.1, init="expert"`.
 
     Args:

@@ -303,16 +303,16 @@ _FAMILIES |= {
     "vit-bn": _FAMILIES["vit"] | {"norm": "batch"},
     "mlp-bn": _FAMILIES["mlp"] | {"norm": "batch"},
     "mlp-bn-skip": _FAMILIES["mlp"] | {"norm": "batch", "residual": True},
-    # deep plain networks on the embedded digits
+    # deep plain networks on the embedded digits, at PyTorch's default initialization
     "digits": {
         "model": "mlp",
-        "width": 256,
+        "width": 128,
         "depth": 16,
         "residual": False,
         "norm": "none",
         "taps": "layers.*",
         "schedule": "constant",
-        "epochs": 40,
+        "epochs": 30,
         "precision": "float32",
     },
 }

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
@@ -139,6 +140,36 @@ def format_mean(values: Iterable[float], *, digits: int = 1, level: float = 0.95
     mean, half, n = mean_interval(values, level)
     spread = "" if n == 1 else f" ± {half:.{digits}f}"
     return f"{mean:.{digits}f}{spread} (n = {n})"
+
+
+def plot_mean(
+    ax: Axes,
+    x: Sequence[float],
+    groups: Sequence[Sequence[float]],
+    method: str,
+    *,
+    log: bool = False,
+    **style: Any,
+) -> None:
+    """Draw the mean of each group over x in the method's look, with its 95% interval as a band.
+
+    Args:
+        ax: where.
+        x: one position a group.
+        groups: values of independent runs; a group of one has no band.
+        method: key of `METHODS`.
+        log: means and intervals of the logarithm (geometric mean); values must be positive.
+        style: changes of the look, for `Axes.plot`.
+    """
+    forward, back = (math.log, math.exp) if log else (float, float)
+    found = [mean_interval([forward(v) for v in group]) for group in groups]
+    look = method_style(method) | style
+    ax.plot(x, [back(mean) for mean, _, _ in found], **look)
+    halves = [0.0 if math.isnan(half) else half for _, half, _ in found]
+    low, high = (
+        [back(m + sign * h) for (m, _, _), h in zip(found, halves, strict=True)] for sign in (-1, 1)
+    )
+    ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def save_figure(

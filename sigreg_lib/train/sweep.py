@@ -36,7 +36,12 @@ class Run:
 
 
 def sweep(
-    runs: Iterable[Run], *, workers: int = 1, threads: int | None = None, **options: Any
+    runs: Iterable[Run],
+    *,
+    workers: int = 1,
+    threads: int | None = None,
+    verbose: bool = True,
+    **options: Any,
 ) -> list[Record]:
     """Do every run and print one summary line for each as it ends.
 
@@ -44,6 +49,7 @@ def sweep(
         runs: what to do; all are checked before the first starts.
         workers: processes at a time; 1 runs them here, one after the other.
         threads: of each worker; default: the cores shared out evenly.
+        verbose: print the summary lines; failures are printed in any case.
         options: for :func:`~sigreg_lib.train.train` (data, epochs, results, ...).
 
     Returns:
@@ -70,6 +76,7 @@ def sweep(
             print(f"{run.name}: FAILED\n{outcome}", flush=True)
         else:
             records[run.name] = outcome
+        if verbose and run.name in records:
             print(f"[{len(records)}/{len(runs)}] {summary(outcome)}", flush=True)
 
     if workers == 1:
