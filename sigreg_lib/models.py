@@ -88,8 +88,9 @@ class VisionTransformer(nn.Module):
 
     `blocks.i` outputs (N, tokens, width), class token first; `blocks.i.attention` and
     `blocks.i.mlp` output the branches, before drop path and addition. The residual stream keeps the
-    parameters' dtype inside autocast. The recipe "expert" is `width=192, depth=9, heads=3, mlp_ratio=4, rotary="none",
-    class_token=True, position_embedding=True, qkv_bias=True, drop_path=0.1, init="expert"`.
+    parameters' dtype inside autocast. The recipe "expert" is `width=192, depth=9, heads=3,
+    mlp_ratio=4, rotary="none", class_token=True, position_embedding=True, qkv_bias=True,
+    drop_path=0.1, init="expert"`.
 
     Args:
         image_shape: (channels, height, width) of one image, in pixels; multiples of `patch`.

@@ -59,7 +59,7 @@ class Recipe:
     position_embedding: bool = False
     qkv_bias: bool = False
     drop_path: float = 0.0
-    init: Literal["truncated_normal", "expert"] = "truncated_normal"
+    init: Literal["truncated_normal", "expert", "xavier", "default"] = "truncated_normal"
 
     # optimization
     optimizer: Literal["adamw", "sgd"] = "adamw"

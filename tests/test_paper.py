@@ -1,0 +1,99 @@
+"""The published numbers agree with themselves and with the tables they are said to come from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sigreg_lib.paper import CURVE_EPOCHS, EPOCHS, PUBLISHED, STEPS_PER_EPOCH, published, table
+
+# name, table, best test % and its epoch, last test %: the nine rows, typed a second time
+ROWS = [
+    ("vit/none", 1, 20.73, 347, 20.51),
+    ("vit/strong", 1, 70.20, 317, 69.96),
+    ("vit/weak", 1, 72.02, 358, 71.95),
+    ("expert/none", 2, 70.76, 354, 70.58),
+    ("expert/strong", 2, 72.71, 385, 72.55),
+    ("expert/weak", 2, 71.65, 374, 71.36),
+    ("mlp/none", 3, 26.77, 73, 25.56),
+    ("mlp/strong", 3, 35.99, 399, 35.20),
+    ("mlp/weak", 3, 42.17, 316, 41.58),
+]
+# test % by epoch, columns in the order of ROWS
+CURVES = {
+    1: (6.85, 10.34, 12.01, 6.97, 8.48, 9.76, 3.59, 3.65, 2.89),
+    5: (10.60, 13.19, 21.16, 17.38, 20.46, 20.06, 12.26, 9.71, 11.47),
+    10: (11.70, 15.13, 29.88, 22.83, 28.15, 26.81, 15.48, 14.01, 14.82),
+    40: (12.19, 38.50, 50.45, 43.70, 46.11, 50.34, 23.07, 21.86, 25.50),
+    200: (18.33, 66.66, 68.31, 63.96, 66.96, 66.60, 25.35, 33.06, 39.42),
+    400: (20.51, 69.96, 71.95, 70.58, 72.55, 71.36, 25.56, 35.20, 41.58),
+}
+REGULARIZERS = {
+    "vit/weak": (7.6, 5.7),
+    "expert/weak": (6.8, 6.0),
+    "mlp/weak": (7.7, 7.3),
+    "vit/strong": (10, 2),
+    "expert/strong": (10, 5),
+    "mlp/strong": (30, 7),
+}
+
+
+def test_the_nine_rows_stand_in_the_order_of_the_tables():
+    assert list(PUBLISHED) == [name for name, *_ in ROWS]
+
+
+@pytest.mark.parametrize(("name", "number", "best", "epoch", "last"), ROWS)
+def test_a_row_holds_the_published_figures(name, number, best, epoch, last):
+    row = published(name)
+    assert (row.name, row.table, row.best_test, row.best_epoch) == (name, number, best, epoch)
+    assert row.last_test == last
+    assert f"{row.family}/{row.method}" == name
+    assert row.source == f"arXiv 2603.05924, Table {number}"
+    assert row in table(number)
+
+
+@pytest.mark.parametrize("column", range(9))
+def test_a_curve_holds_the_published_points(column):
+    curve = published(ROWS[column][0]).curve
+    assert dict(curve) == {epoch: values[column] for epoch, values in CURVES.items()}
+    assert tuple(curve) == CURVE_EPOCHS
+
+
+@pytest.mark.parametrize("row", PUBLISHED.values(), ids=PUBLISHED)
+def test_the_best_epoch_is_no_worse_than_any_other(row):
+    assert row.best_test >= max(row.curve.values())
+    assert 1 <= row.best_epoch <= EPOCHS
+
+
+@pytest.mark.parametrize("row", PUBLISHED.values(), ids=PUBLISHED)
+def test_the_regularizer_is_published_where_there_is_one(row):
+    if row.method == "none":
+        assert row.regularizer is None
+    else:
+        assert dict(row.regularizer) == dict(zip((1, EPOCHS), REGULARIZERS[row.name], strict=True))
+
+
+def test_wall_times_are_those_of_the_networks():
+    seconds = {row.family: row.seconds_per_epoch for row in PUBLISHED.values()}
+    assert seconds == {"vit": (26, 28), "expert": (25, 25), "mlp": (9, 11)}
+
+
+def test_an_epoch_has_390_whole_batches_and_a_short_one():
+    assert STEPS_PER_EPOCH == -(-50_000 // 128) == 391
+
+
+def test_an_unknown_row_names_the_nearest():
+    with pytest.raises(ValueError, match=r"name='vit/weka'.*did you mean 'vit/weak'"):
+        published("vit/weka")
+    with pytest.raises(ValueError, match="number=4: expected table 1, 2 or 3"):
+        table(4)
+
+
+def test_a_row_cannot_be_changed():
+    row = published("vit/weak")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.best_test = 80.0
+    with pytest.raises(TypeError):
+        row.curve[400] = 80.0
+    assert hash(row) != hash(published("vit/none"))
