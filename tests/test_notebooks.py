@@ -90,6 +90,9 @@ def faults(notebook: NotebookNode) -> list[str]:
         found.append(f"code cells that call {GUARD}...): {guards}, wanted the second and no other")
     for number, cell in enumerate(cells):
         found += [f"cell {number}: {fault}" for fault in cell_faults(cell)]
+    printed = "\n".join(str(output) for cell in code for output in cell.outputs)
+    typed = re.findall(r"(?<![\w./])\d+\.\d+(?![\w./])", cells[0].source) if cells else []
+    found += [f"{value} in the answer is in no output" for value in typed if value not in printed]
     return found
 
 
@@ -188,6 +191,7 @@ FAULTS = {
     "bytes, at most": with_output("display_data", data=IMAGE),
     "absolute path": with_output("execute_result", data={"text/plain": "'/home/me/a'"}),
     "cell 3: absolute path": with_output("stream", name="stdout", text="in C:\\Users\\me"),
+    "96.5 in the answer is in no output": lambda nb: nb.cells[0].update(source="# 97.5, 96.5%"),
     "cell 0: absolute path": lambda nb: nb.cells[0].update(source="# See /tmp/x"),
 }
 

@@ -1,0 +1,421 @@
+"""Taps on a model: which layers, what they record, what they cost, and that they leave no trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torchvision
+from helpers import seeded
+from torch import Tensor, nn
+
+from sigreg_lib.attach import attach, pool_features
+from sigreg_lib.losses import SIGReg, WeakSIGReg, strong_sigreg, weak_sigreg
+from sigreg_lib.sketch import directions, gaussian
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, wide: int) -> None:
+        super().__init__()
+        self.attn = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        self.mlp = nn.Sequential(nn.Linear(width, wide), nn.ReLU(), nn.Linear(wide, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class Net(nn.Module):
+    """Eleven blocks, so that ``1`` and ``10`` are different names."""
+
+    def __init__(self, width: int = 6, depth: int = 11, wide: int = 9) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(Block(width, wide) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x if x.ndim == 2 else x.mean(1))
+
+
+def initialize(net: nn.Module) -> None:
+    g = seeded(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 0.3, generator=g)
+
+
+def inputs(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def outputs(net: nn.Module, names: list[str], x: Tensor) -> dict[str, Tensor]:
+    """What the layers compute, by plain hooks of PyTorch."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        net.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.update({name: output})
+        )
+        for name in names
+    ]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+# ---------------------------------------------------------------- which layers
+
+INSIDE = ("attn", "attn.0", "attn.1", "mlp", "mlp.0", "mlp.1", "mlp.2")  # a block
+ONES = ("attn.1", "mlp.1")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("blocks.*", [f"blocks.{i}" for i in range(11)]),
+        ("blocks.1*", ["blocks.1", "blocks.10"]),
+        ("blocks.1", ["blocks.1"]),
+        ("blocks.?", [f"blocks.{i}" for i in range(10)]),
+        ("blocks.[02].mlp", ["blocks.0.mlp", "blocks.2.mlp"]),
+        ("*.0.*", ["blocks.0.attn", "blocks.0.mlp"]),
+        ("*", ["stem", "blocks", "head"]),
+        ("blocks.9.**", [f"blocks.9.{name}" for name in INSIDE]),
+        ("**.mlp.2", [f"blocks.{i}.mlp.2" for i in range(11)]),
+        ("blocks.**.mlp.0", [f"blocks.{i}.mlp.0" for i in range(11)]),
+        ("**.mlp", [f"blocks.{i}.mlp" for i in range(11)]),
+        ("**.attn.1*", [f"blocks.{i}.attn.1" for i in range(11)]),
+        ("**.1*", ["blocks.1", "blocks.10", *(f"blocks.{i}.{n}" for i in range(11) for n in ONES)]),
+        ("**.stem", ["stem"]),
+        ("**.0.mlp.*", [f"blocks.0.mlp.{i}" for i in range(3)]),
+    ],
+)  # fmt: skip
+def test_patterns_stay_within_a_level_unless_they_say_otherwise(pattern, names):
+    handle = attach(Net(), pattern, WeakSIGReg())
+    assert set(handle.names) == set(names) and len(handle.names) == len(names)
+
+
+def test_two_stars_match_every_layer():
+    net = Net()
+    assert list(attach(net, "**", None).names) == [name for name, _ in net.named_modules() if name]
+
+
+def test_lists_modules_and_patterns_tap_each_layer_once_in_the_order_given():
+    net = Net()
+    handle = attach(net, [net.head, "blocks.[01]", net.blocks[1], "head", "stem"], WeakSIGReg())
+    assert handle.names == ("head", "blocks.0", "blocks.1", "stem")
+    assert attach(net, net.blocks[3].mlp, WeakSIGReg()).names == ("blocks.3.mlp",)
+    assert attach(net, ("stem", "head"), WeakSIGReg()).names == ("stem", "head")
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ("block.*", {}, r"no layer matches 'block\.\*'; the layers are: stem, blocks, blocks\.0, "),
+        ("blocks", {"on": "grad"}, "on must be 'output' or 'input', not 'grad'"),
+        ("blocks.*", {"pool": "class"}, "unknown pool 'class'; did you mean 'class_token'"),
+        ([], {}, "layers is empty"),
+        (["stem", "nothing"], {}, "no layer matches 'nothing'"),
+        (nn.Linear(2, 2), {}, "Linear is not a submodule of the model"),
+        (["stem", "head"], {"weights": [1.0]}, "2 numbers >= 0 .* stem, head; got"),
+        (["stem", "head"], {"weights": [1.0, -1.0]}, "weights must be"),
+        (["stem", "head"], {"weights": [0.0, 0.0]}, "positive sum"),
+    ],
+)
+def test_bad_arguments_are_named_and_leave_no_hook(layers, options, message):
+    net = Net()
+    with pytest.raises(ValueError, match=message):
+        attach(net, layers, WeakSIGReg(), **options)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+# ---------------------------------------------------------------- what is recorded
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (8, 5, 4)], ids=["vectors", "tokens"])
+def test_output_and_input_of_a_layer_are_recorded(shape):
+    net, x = Net(), inputs(*shape)
+    mean = (lambda z: z) if len(shape) == 2 else (lambda z: z.mean(1))
+    seen = outputs(net, ["stem", "blocks.0.attn", "blocks.10"], x)
+    out = attach(net, ["stem", "blocks.0.attn", "blocks.10"], None)
+    into = attach(net, ["stem", "blocks.0"], None, on="input")
+    net(x)
+    for name, value in seen.items():
+        torch.testing.assert_close(out.features[name], mean(value))
+    torch.testing.assert_close(into.features["stem"], mean(x))
+    torch.testing.assert_close(into.features["blocks.0"], mean(seen["stem"]))
+
+
+def test_pools_equal_their_sums_by_hand():
+    tokens = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
+    assert pool_features(tokens, "mean").tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]
+    assert pool_features(tokens, "class_token").tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]
+    assert pool_features(tokens, "tokens").tolist() == torch.arange(24.0).view(6, 4).tolist()
+    maps = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)  # channels first
+    assert pool_features(maps, "mean").tolist() == [[1.5, 5.5, 9.5], [13.5, 17.5, 21.5]]
+    assert pool_features(maps, "class_token").tolist() == [[0, 4, 8], [12, 16, 20]]
+    rows = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    assert pool_features(maps, "tokens")[:4].tolist() == rows
+    assert pool_features(maps, "tokens").shape == (8, 3)
+    assert pool_features(maps, lambda v: v.amax((2, 3))).tolist() == [[3, 7, 11], [15, 19, 23]]
+    vectors = torch.arange(6.0).view(2, 3)
+    for pool in ("mean", "class_token", "tokens"):
+        assert torch.equal(pool_features(vectors, pool), vectors)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5, 6)])
+def test_values_without_a_known_layout_need_a_callable(shape):
+    with pytest.raises(ValueError, match=r"cannot pool .* pass a callable"):
+        pool_features(torch.ones(shape), "mean")
+
+
+def test_pooling_is_float32_for_low_precision_and_keeps_float64():
+    # 2048 + 1 is not a bfloat16: a sum in low precision would lose the ones
+    tokens = torch.tensor([2048.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16).view(1, 4, 1)
+    assert pool_features(tokens, "mean").item() == 2051 / 4
+    assert pool_features(tokens, "mean").dtype == torch.float32
+    assert pool_features(tokens.double(), "mean").dtype == torch.float64
+
+
+def test_the_values_of_an_attention_module_are_taken_and_not_its_weights():
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    initialize(attention)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    model, x = Model(), inputs(3, 5, 4)
+    handle = attach(model, "attention", None)
+    expected = model(x).mean(1)
+    torch.testing.assert_close(handle.features["attention"], expected)
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.0, 5.0]])
+@pytest.mark.parametrize("kind", ["weak", "strong"])
+def test_the_loss_is_the_weighted_average_of_single_calls_and_so_is_its_gradient(kind, weights):
+    # two widths, one layer of width 9 among those of width 6
+    names = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"]
+    net, x = Net(), inputs(12, 4)
+    make, draw, single = {
+        "weak": (WeakSIGReg, gaussian, weak_sigreg),
+        "strong": (SIGReg, directions, strong_sigreg),
+    }[kind]
+    handle = attach(net, names, make(5, generator=seeded(2)), weights=weights)
+    net(x)
+    loss = handle.loss()
+    gradients = torch.autograd.grad(loss, list(net.blocks.parameters()), allow_unused=True)
+
+    seen, g = outputs(net, names, x), seeded(2)
+    matrices = {c: draw(c, 5, generator=g) for c in (6, 9)}  # one draw for each width
+    expected = [single(z, matrices[z.shape[-1]]) for z in seen.values()]
+    share = torch.tensor(weights or [1.0] * 4)
+    average = (torch.stack(expected) * share).sum() / share.sum()
+    torch.testing.assert_close(loss, average)
+    torch.testing.assert_close(
+        gradients,
+        torch.autograd.grad(average, list(net.blocks.parameters()), allow_unused=True),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_losses_are_given_for_each_layer_and_under_matrices_handed_in():
+    net, x = Net(), inputs(12, 4)
+    handle = attach(net, ["blocks.0", "blocks.0.mlp.0", "stem"], WeakSIGReg(5))
+    seen = outputs(net, list(handle.names), x)
+    matrices = {6: gaussian(6, 5, generator=seeded(3)), 9: None}
+    found = handle.losses(matrices)
+    expected = [weak_sigreg(z, matrices[z.shape[-1]]) for z in seen.values()]
+    by_name = dict(zip(seen, expected, strict=True))
+    torch.testing.assert_close(found, torch.stack([by_name[name] for name in handle.names]))
+    torch.testing.assert_close(handle.loss(matrices), found.mean())
+
+
+def test_layers_with_different_numbers_of_samples_are_averaged_as_layers():
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 2))
+    initialize(net)
+    x = inputs(3, 2, 9, 9)
+    handle = attach(net, "*", WeakSIGReg(64), pool="tokens")
+    net(x)
+    first, last = net[0](x), net(x)
+    assert handle.features["0"].shape == (3 * 16, 4) and handle.features["2"].shape == (3 * 9, 4)
+    expected = [
+        weak_sigreg(v.permute(0, 2, 3, 1).reshape(-1, 4)) for v in (first, first.relu(), last)
+    ]
+    torch.testing.assert_close(handle.losses(), torch.stack(expected))
+
+
+def test_any_callable_regularizes():
+    net, x = Net(), inputs(12, 4)
+    handle = attach(net, "blocks.[0-2]", lambda z: z.square().mean())
+    seen = outputs(net, list(handle.names), x)
+    expected = torch.stack([z.square().mean() for z in seen.values()])
+    torch.testing.assert_close(handle.losses(), expected)
+    torch.testing.assert_close(handle.loss(), expected.mean())
+
+
+def test_float64_models_are_regularized_in_float64():
+    net, x = Net().double(), inputs(12, 4).double()
+    handle = attach(net, "stem", WeakSIGReg())
+    net(x)
+    assert torch.equal(handle.loss(), weak_sigreg(net.stem(x)))
+
+
+def test_features_are_float32_under_autocast():
+    net, x = Net(), inputs(12, 4)
+    handle = attach(net, ["stem", "blocks.10"], WeakSIGReg())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = outputs(net, list(handle.names), x)
+        loss = handle.loss()
+    assert all(z.dtype == torch.bfloat16 for z in (seen["stem"],))
+    expected = torch.stack([weak_sigreg(z.float()) for z in seen.values()]).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------- when it is on
+
+
+def test_in_eval_mode_nothing_is_recorded_and_the_loss_is_zero():
+    net, x = Net().eval(), inputs(12, 4)
+    handle = attach(net, "blocks.*", WeakSIGReg())
+    net(x)
+    assert handle.features == {} and handle.loss().item() == 0
+    handle.always = True
+    net(x)
+    assert len(handle.features) == 11 and handle.loss().item() > 0
+
+
+def test_a_model_without_parameters_has_loss_zero_in_eval_mode():
+    handle = attach(nn.Sequential(nn.ReLU()), "0", WeakSIGReg())
+    handle.model.eval()
+    assert handle.loss().item() == 0
+
+
+def test_a_loss_without_a_forward_pass_is_an_error():
+    net, x = Net(), inputs(12, 4)
+    handle = attach(net, ["stem", "head"], WeakSIGReg())
+    with pytest.raises(RuntimeError, match=r"no features of stem, head: run the model in training"):
+        handle.loss()
+    net.eval()
+    net(x)
+    net.train()
+    with pytest.raises(RuntimeError, match="no features of stem, head"):
+        handle.loss()
+    net(x)
+    handle.loss()
+    handle.clear()
+    with pytest.raises(RuntimeError, match="no features of stem, head"):
+        handle.loss()
+    with pytest.raises(RuntimeError, match="records features only"):
+        attach(net, "stem", None).loss()
+
+
+def test_the_last_of_several_runs_of_a_layer_counts():
+    layer = nn.Linear(4, 4)
+    initialize(layer)
+    net = nn.Sequential(layer, nn.Tanh(), layer)
+    x = inputs(12, 4)
+    handle = attach(net, layer, WeakSIGReg())
+    net(x)
+    assert handle.names == ("0",)
+    torch.testing.assert_close(handle.loss(), weak_sigreg(net(x)))
+
+
+def test_a_copy_of_the_model_does_not_feed_the_taps():
+    net, x = Net(), inputs(12, 4)
+    handle = attach(net, "stem", None)
+    averaged = copy.deepcopy(net)
+    net(x)
+    averaged(inputs(12, 4, seed=4))
+    torch.testing.assert_close(handle.features["stem"], net.stem(x))
+
+
+# ---------------------------------------------------------------- no trace
+
+
+def hooks(net: nn.Module) -> Iterator[dict]:
+    for module in net.modules():
+        for name, value in vars(module).items():
+            if "hooks" in name:
+                yield name, dict(value) if isinstance(value, dict) else value
+
+
+def test_removal_leaves_the_model_as_it_was():
+    net, x = Net(), inputs(12, 4)
+    state, before = copy.deepcopy(net.state_dict()), list(hooks(net))
+    attributes = [set(vars(module)) for module in net.modules()]
+    handle = attach(net, "**", WeakSIGReg(5), pool="mean")
+    other = attach(net, "stem", None)
+    assert list(net.state_dict()) == list(state) and len(list(net.modules())) == len(attributes)
+    net(x)
+    handle.remove()
+    assert handle.features == {}
+    net(x)
+    assert handle.features == {} and set(other.features) == {"stem"}  # only its own taps
+    other.remove()
+    assert list(hooks(net)) == before
+    assert [set(vars(module)) for module in net.modules()] == attributes
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in state.items())
+    handle.remove()  # twice is harmless
+
+
+def test_taps_do_not_change_what_the_model_computes():
+    net, x = Net(), inputs(12, 5, 4)
+    expected = net(x)
+    attach(net, ["**.mlp", "blocks.*"], WeakSIGReg(), pool="tokens")
+    assert torch.equal(net(x), expected)
+
+
+# ---------------------------------------------------------------- in other people's scripts
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
+def test_a_compiled_step_has_the_eager_loss_and_gradient():
+    net, x = Net(depth=1), inputs(12, 5, 4)
+    eager = attach(net, ["blocks.*", "**.mlp.0"], WeakSIGReg(5, generator=seeded(5)))
+    strong = attach(net, "blocks.*", SIGReg(5, generator=seeded(6)), pool="tokens")
+
+    def step(x: Tensor) -> Tensor:
+        return net(x).square().mean() + 0.1 * eager.loss() + 0.01 * strong.loss()
+
+    def run(step) -> tuple[Tensor, ...]:
+        eager.regularizer.source.generator.manual_seed(5)
+        strong.regularizer.source.generator.manual_seed(6)
+        loss = step(x)
+        return loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))
+
+    compiled = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(run(compiled), run(step), rtol=1e-4, atol=1e-6)
+
+
+def test_a_torchvision_resnet_is_regularized_at_its_four_stages():
+    net = torchvision.models.resnet18(weights=None, num_classes=10)
+    initialize(net)
+    x = inputs(6, 3, 32, 32)
+    handle = attach(net, "layer?", SIGReg(8, generator=seeded(7)))
+    assert handle.names == ("layer1", "layer2", "layer3", "layer4")
+    seen = outputs(net, list(handle.names), x)
+    assert [z.shape[1] for z in handle.features.values()] == [64, 128, 256, 512]
+    loss, g = handle.loss(), seeded(7)
+    expected = [
+        strong_sigreg(v.mean((2, 3)), directions(v.shape[1], 8, generator=g)) for v in seen.values()
+    ]
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    loss.backward()
+    assert net.conv1.weight.grad.norm() > 0 and net.fc.weight.grad is None
+    assert len(attach(net, "**.conv?", None).names) == 17
+    handle.remove()
