@@ -36,7 +36,7 @@ class Record:
             a layer, floats at 4 digits: ``regularizer`` (training batches) and, on the first 2,000
             test images, ``effective_dim`` (participation ratio), ``weak``, ``strong`` (K = 64,
             batches of 128), ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues of the
-            covariance at :func:`spectrum_ranks`).
+            covariance at :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the last).
         epochs_planned: length of the schedule.
         status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
         provenance: commit, clean tree, torch, device, threads, precision, start, end, wall seconds.

@@ -79,6 +79,21 @@ def check_parameters(
         raise ValueError("\n".join(faults))
 
 
+def as_list(value: str | Sequence[Any]) -> list[Any]:
+    """A list parameter of a notebook: papermill's ``-p seeds "[0, 1]"`` hands it over as text.
+
+    Raises:
+        ValueError: neither a list nor the text of one, or an empty one.
+    """
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, list | tuple) or not found:
+        raise ValueError(f"expected a list such as [0, 1, 2], not {value!r}")
+    return list(found)
+
+
 def apply_style() -> None:
     """Set the collection's matplotlib style: 8 pt, seaborn's `colorblind`, editable text in PDF."""
     import seaborn as sns

@@ -371,3 +371,28 @@ def test_all_faults_are_told_at_once():
 def test_a_known_parameter_that_the_notebook_lacks_is_refused():
     with pytest.raises(ValueError, match="parameter device is not defined"):
         report.check_parameters({"budget": "cpu"}, known=["budget", "device"], choices={})
+
+
+def test_lists_come_as_lists_or_as_the_text_that_papermill_passes():
+    assert report.as_list([0, 1]) == report.as_list("[0, 1]") == [0, 1]
+    for wrong in ("0, 1", "[0, 1", "3", [], "[]", 5):
+        with pytest.raises(ValueError, match="expected a list"):
+            report.as_list(wrong)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_plotted_mean_and_band_are_the_interval(log):
+    import matplotlib.pyplot as plt
+
+    groups = [[1.0, 2.0, 4.0], [8.0]]
+    fig, ax = plt.subplots()
+    report.plot_mean(ax, [3, 5], groups, "weak", log=log)
+    (line,), (band,) = ax.lines, ax.collections
+    logs = [math.log(v) if log else v for v in groups[0]]
+    mean, half, _ = report.mean_interval(logs)
+    back = math.exp if log else float
+    assert line.get_ydata() == pytest.approx([back(mean), 8.0])
+    heights = [y for x, y in band.get_paths()[0].vertices if x == 3]
+    assert min(heights) == pytest.approx(back(mean - half))
+    assert max(heights) == pytest.approx(back(mean + half))
+    plt.close(fig)

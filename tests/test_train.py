@@ -147,6 +147,8 @@ def test_the_digits_are_learned_and_the_record_tells_it(tmp_path):
     assert record.layers["names"] == ["layers.0", "layers.1", "layers.2"]
     assert len(record.layers["effective_dim"]) == 8 and len(record.layers["weak"][0]) == 3
     assert record.layers["epoch"] == list(range(1, 9))
+    kept = [rows is not None for rows in record.layers["spectrum"]]
+    assert kept == [True] + [False] * 6 + [True]
     assert len(record.layers["spectrum"][-1][0]) == len(records.spectrum_ranks(128))
     # the participation ratio follows from the spectrum (ranks 1 to 8 carry nearly all of it)
     assert record.history["effective_dim"][-1] == pytest.approx(
@@ -170,7 +172,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["vit/none", "vit/weak", "vit/strong", "expert/weak", "mlp/strong"]
+    "name", ["vit/none", "vit-text/weak", "vit/weak", "vit/strong", "expert/weak", "mlp/strong"]
 )
 def test_stopping_and_going_on_equals_one_run(tmp_path, name):
     """With all that is random switched on: sketches, drop path, RandAugment, MixUp and CutMix."""

@@ -20,6 +20,8 @@ from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train.loop import Trainer
 
+SPECTRUM_EPOCHS = (1, 10, 100)  # and the last of a run
+
 
 def looked_at(epoch: int) -> bool:
     """Epochs after which every layer is measured: 1 to 10, then every 5th, from 50 every 10th."""
@@ -149,8 +151,10 @@ def _append(record: Record, trainer: Trainer, trained, tested, floor, start, las
     record.layers.setdefault("names", list(trainer.handle.names))
     if look and not diverged:
         row = {"epoch": epoch, "regularizer": trained["layers"]} | layers
+        if not (last or epoch in SPECTRUM_EPOCHS):
+            row["spectrum"] = None  # the bulk of a record
         for name, values in row.items():
-            if values:
+            if values != []:
                 record.layers.setdefault(name, []).append(records.round_floats(values, 4))
     if diverged:
         record.status = "diverged"
