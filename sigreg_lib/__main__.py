@@ -19,15 +19,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.act(options)
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except BrokenPipeError:  # `sigreg list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"sigreg: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         print(f"sigreg: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `sigreg list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print(
             "sigreg: stopped; the same command goes on from the last whole epoch", file=sys.stderr
@@ -46,8 +46,8 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     overrides = dict(map(parse_override, options.set))
     runs = [Run(recipe, seed, overrides) for recipe in options.recipes for seed in options.seeds]
-    sweep(runs, workers=options.workers, threads=options.threads, **_train_options(options))
-    return 0
+    found = sweep(runs, workers=options.workers, threads=options.threads, **_train_options(options))
+    return 1 if any(record.status == "diverged" for record in found) else 0
 
 
 def _list(options: argparse.Namespace) -> int:

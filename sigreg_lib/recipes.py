@@ -97,6 +97,8 @@ class Recipe:
             raise ValueError(f"clip_norm must be positive or none, not {self.clip_norm!r}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
+        if self.mean is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std differ in length: {self.mean}, {self.std}")
         self.policy(32)  # checks the augmentation
 
     def override(self, **changes: Any) -> Recipe:
@@ -139,10 +141,15 @@ class Recipe:
             cutmix_alpha=self.cutmix_alpha,
         )
 
-    def build_regularizer(self, generator: torch.Generator | None = None) -> nn.Module | None:
-        """The regularizer that the recipe names, None for a baseline."""
+    def build_regularizer(
+        self, generator: torch.Generator | None = None, *, seed: int = 0
+    ) -> nn.Module | None:
+        """The regularizer that the recipe names, None for a baseline.
+
+        Its random matrices come from ``generator``, or from one seeded with ``seed``.
+        """
         corrected = self.mode == "corrected"
-        options = {"resample": self.resample, "generator": generator}
+        options = {"resample": self.resample, "generator": generator, "seed": seed}
         if self.regularizer == "weak":
             make = WeakSIGReg.corrected if corrected else WeakSIGReg
             return make(self.sketch_dim, **options)
@@ -296,7 +303,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 _AS_TEXT = {"resample": False, "convex": False, "clip_norm": 1.0, "residual": False}
 _FAMILIES |= {
-    # as the paper's text says: no residual connections, S fixed, additive lambda, clipping
+    # as the paper's text says: S fixed, additive lambda, clipping, no residual connections, and in
+    # vit-text no normalization either, since it is what the loss is said to stand in for
     "vit-text": _FAMILIES["vit"] | _AS_TEXT | {"norm": "none"},
     "vit-noskip": _FAMILIES["vit"] | _AS_TEXT,
     # what the loss is to stand in for

@@ -34,12 +34,15 @@ class Record:
         layers: ``names`` of the tapped layers, ``epoch`` of each look at them (the first ten, then
             every 5th, from 50 every 10th, and the last of a run), and one row a look with a value
             a layer, floats at 4 digits: ``regularizer`` (training batches) and, on the first 2,000
-            test images, ``effective_dim`` (participation ratio), ``weak``, ``strong`` (K = 64,
-            batches of 128), ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues of the
-            covariance at :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the last).
+            test images (tokens, where these are the samples), ``effective_dim`` (participation
+            ratio), ``weak``, ``strong`` (K = 64, batches of 128), ``feature_norm``,
+            ``mean_cosine``, ``spectrum`` (eigenvalues of the covariance at
+            :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the last).
         epochs_planned: length of the schedule.
         status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
-        provenance: commit, clean tree, torch, device, threads, precision, start, end, wall seconds.
+        provenance: commit and whether the package was unchanged, torch, device, threads, precision,
+            compiled, mean and std of the normalization as used, start, end, wall seconds; ``later``
+            lists sessions that resumed the run under something else, with their first epoch.
     """
 
     recipe: str
@@ -72,7 +75,11 @@ class Record:
     @property
     def best_test(self) -> dict[str, Any] | None:
         """Epoch and value of the highest test accuracy: as published, an optimistic figure."""
-        done = [(a, e) for a, e in zip(*self._columns("test_accuracy", "epoch"), strict=True) if a]
+        done = [
+            (a, e)
+            for a, e in zip(*self._columns("test_accuracy", "epoch"), strict=True)
+            if a is not None
+        ]
         if not done:
             return None
         accuracy, epoch = max(done, key=lambda pair: (pair[0], -pair[1]))
@@ -107,8 +114,9 @@ class Record:
             ValueError: not a record of this schema, or one that contradicts itself.
         """
         content = json.loads(text)
-        if content.get("schema") != SCHEMA:
-            raise ValueError(f"schema {content.get('schema')!r}, expected {SCHEMA}")
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"not a run record: schema {schema!r}, expected {SCHEMA}")
         stated = content.pop("last"), content.pop("best_test")
         try:
             record = cls(**content)

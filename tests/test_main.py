@@ -56,6 +56,8 @@ def test_sweep_prints_a_line_a_run(tmp_path, capsys):
         (["run", "vit/weak", "--data", "/no/such/folder"], "/no/such/folder"),
         (["show", "nothing"], "did you mean"),
         (["sweep", "mlp/none", "--seeds", "0", "0"], "given twice"),
+        (["sweep", "mlp/none", "--epochs", "500"], "epochs must lie in 1..400"),
+        (["sweep", "mlp/none", "--data", "/no/such/folder"], "/no/such/folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, message, capsys, tmp_path):
@@ -76,6 +78,8 @@ def test_a_diverged_run_is_exit_code_one(tmp_path, capsys):
     settings = ["--set", "lr=1e30", "--set", "optimizer=sgd", "--set", "epochs=30", *SMALL[:4]]
     assert main(["run", "digits/none", *settings, *folders(tmp_path)]) == 1
     assert "DIVERGED" in capsys.readouterr().out
+
+    assert main(["sweep", "digits/none", *settings, *folders(tmp_path / "sweep")]) == 1
 
 
 def test_help_explains_every_command():

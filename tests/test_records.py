@@ -36,6 +36,12 @@ def test_the_best_epoch_is_the_first_of_equals():
     assert record.best_test["epoch"] == 2
 
 
+def test_an_accuracy_of_zero_is_an_accuracy():
+    record = made()
+    record.history["test_accuracy"] = [0.0, 0.0, None]
+    assert record.best_test == {"epoch": 1, "test_accuracy": 0.0}
+
+
 def test_floats_keep_six_digits_and_what_is_not_finite_becomes_null(tmp_path):
     record = made()
     record.history["train_loss"] = [1.23456789, math.nan, math.inf]
@@ -82,6 +88,9 @@ def test_another_schema_or_another_file_is_refused(tmp_path):
     path = tmp_path / "r.json"
     path.write_text('{"schema": 0}')
     with pytest.raises(ValueError, match="schema 0, expected 1"):
+        records.read(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not a run record"):
         records.read(path)
     path.write_text("not json")
     with pytest.raises(ValueError, match=r"r\.json"):

@@ -24,7 +24,7 @@ from sigreg_lib.sketch import directions, gaussian
 
 AUGMENT_AT_ONCE = 4096  # images; large groups share an operation's overhead
 EVALUATE_AT_ONCE = 500
-ORDER_STREAM = 2  # apart from the augmentation's streams of the same (seed, epoch)
+ORDER_STREAM, SKETCH_STREAM = 2, 3  # augmentation draws from 0 and 1
 DIAGNOSED = 2000  # test images whose features are looked at after each epoch
 PROBE_BATCH, PROBE_DIM = 128, 64  # Weak and Strong of every run, baselines too, at the tables' N, K
 
@@ -54,18 +54,27 @@ class Trainer:
         self.policy = recipe.policy(data.size)
         mean, std = recipe.mean or data.mean, recipe.std or data.std
         if len(mean) != data.channels:
+            if "mean" in recipe.differences():
+                raise ValueError(f"mean has {len(mean)} values for {data.channels} channels")
             mean, std = data.mean, data.std  # a CIFAR recipe on grey images
+        self.normalization = mean, std
         self.mean = 255 * torch.tensor(mean, device=self.device).view(-1, 1, 1)
         self.std = 255 * torch.tensor(std, device=self.device).view(-1, 1, 1)
 
         self.generator = torch.Generator(self.device)  # sketches and drop path
         self.regularizer = recipe.build_regularizer(
-            self.generator if recipe.resample else torch.Generator().manual_seed(seed)
+            self.generator if recipe.resample else None, seed=seed
         )
+        last = len(data.train_images) % recipe.batch_size or recipe.batch_size
+        if self.regularizer is not None and last < 4:
+            raise ValueError(
+                f"batch_size={recipe.batch_size} leaves a last batch of {last} of "
+                f"{len(data.train_images)} images: too few for a covariance, choose another"
+            )
         self.handle = attach(
             self.model, recipe.taps, self.regularizer, on=recipe.tap_on, pool=recipe.pool
         )
-        widths = {z.shape[-1] for z in self._look(data.test_images[:2])[1]}
+        widths = {z.shape[-1] for z in self._look(data.train_images[:2])[1]}
         self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
         self.step = torch.compile(self._loss, dynamic=False) if compile else self._loss
         self.predict = torch.compile(self._logits, dynamic=False) if compile else self._logits
@@ -121,9 +130,13 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(epoch)
-        self.generator.manual_seed(self.seed * 1_000_003 + epoch)
         count = len(data.train_images)
-        stream = np.random.SeedSequence((self.seed, epoch), spawn_key=(ORDER_STREAM,))
+        # streams apart from each other, from the weights' and from the augmentation's
+        stream, own = (
+            np.random.SeedSequence((self.seed, epoch), spawn_key=(key,))
+            for key in (ORDER_STREAM, SKETCH_STREAM)
+        )
+        self.generator.manual_seed(int(own.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         order = torch.from_numpy(np.random.default_rng(stream).permutation(count))
         order = order.to(self.device, non_blocking=True)
         batches = order.split(recipe.batch_size)
@@ -230,8 +243,8 @@ class Trainer:
         g = torch.Generator().manual_seed(0)  # the same probe for every run and epoch
         sketch = gaussian(*size, generator=g, device=z.device)
         slices = directions(*size, generator=g, device=z.device)
-        n = z.shape[1] // PROBE_BATCH * PROBE_BATCH
-        batches = z[:, :n].unflatten(1, (-1, PROBE_BATCH))
+        size_n = min(PROBE_BATCH, z.shape[1])
+        batches = z[:, : z.shape[1] // size_n * size_n].unflatten(1, (-1, size_n))
         narrow = z.shape[-1] <= PROBE_DIM
         spectrum = diagnostics.covariance_spectrum(z)
         ranks = torch.tensor(records.spectrum_ranks(spectrum.shape[-1]), device=z.device)
@@ -258,7 +271,7 @@ class Trainer:
         """Expected R of whitened Gaussian features, averaged over the tapped layers."""
         if self.regularizer is None:
             return None
-        _, features = self._look(self.data.test_images[:2])
+        _, features = self._look(self.data.train_images[:2])
         n = self.recipe.batch_size * (len(features[0]) // 2)
         floors = [self.regularizer.floor(n, z.shape[-1]) for z in features]
         return sum(floors) / len(floors)

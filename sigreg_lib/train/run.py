@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train.loop import Trainer
 
+PACKAGE = Path(__file__).resolve().parents[1]
 SPECTRUM_EPOCHS = (1, 10, 100)  # and the last of a run
 
 
@@ -69,12 +71,7 @@ def train(
     Raises:
         ValueError: a bad argument, or a checkpoint of other settings.
     """
-    stop = recipe.epochs if epochs is None else epochs
-    if not 1 <= stop <= recipe.epochs:
-        raise ValueError(f"epochs must lie in 1..{recipe.epochs}, the schedule, not {epochs!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ValueError(f"seed must be an integer in [0, 2^31), not {seed!r}")
-    device = _device(device)
+    stop, device = check(recipe, seed, epochs, device)
     if not isinstance(data, ImageData):
         data = load(data, download=download, holdout=recipe.holdout)
     data = data.to(device)
@@ -92,7 +89,9 @@ def train(
     say = _silent if quiet else _say
     if path.exists():
         found = records.read(path)
-        if found.config == record.config and (found.status == "diverged" or found.epochs >= stop):
+        if (found.config, found.dataset) != (record.config, record.dataset):
+            raise ValueError(f"{path} is of other settings or data ({found.dataset}): use a group")
+        if found.status == "diverged" or found.epochs >= stop:
             say(f"{record.name}: already there, {found.status} at epoch {found.epochs} ({path})")
             return found
 
@@ -107,13 +106,9 @@ def train(
             raise ValueError(f"{checkpoint} is of a run with other settings: move it away")
         trainer.load_state(saved)
         record = before
-        record.status = "partial"
         say(f"{record.name}: resuming after epoch {record.epochs}")
     floor = trainer.floor()
-    provenance = _provenance(recipe, device, compile)
-    record.provenance = provenance | {
-        name: record.provenance[name] for name in ("start", "wall_seconds") if record.provenance
-    }
+    _note_session(record, _provenance(trainer, compile))
     while record.epochs < stop and record.status == "partial":
         epoch = record.epochs
         start = time.perf_counter()
@@ -127,6 +122,16 @@ def train(
         say(_line(record, stop))
     record.write(path)
     return record
+
+
+def check(recipe: Recipe, seed: int, epochs: int | None, device: str) -> tuple[int, torch.device]:
+    """The epoch to stop after and the device; ValueError for what :func:`train` refuses."""
+    stop = recipe.epochs if epochs is None else epochs
+    if not 1 <= stop <= recipe.epochs:
+        raise ValueError(f"epochs must lie in 1..{recipe.epochs}, the schedule, not {epochs!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be an integer in [0, 2^31), not {seed!r}")
+    return stop, _device(device)
 
 
 def _append(record: Record, trainer: Trainer, trained, tested, floor, start, last: bool) -> None:
@@ -192,30 +197,48 @@ def _now() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    root = Path(__file__).resolve().parent
     try:
         return subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None  # an installed package has no history
 
 
-def _provenance(recipe: Recipe, device: torch.device, compile: bool) -> dict[str, Any]:
+@functools.cache
+def _code() -> dict[str, Any]:
+    """Commit of the package, and whether it is unchanged; asked once, near the import."""
     changes = _git("status", "--porcelain", "--", ".")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"commit": _git("rev-parse", "HEAD"), "clean": None if changes is None else not changes}
+
+
+def _provenance(trainer: Trainer, compile: bool) -> dict[str, Any]:
+    device = trainer.device
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "clean": None if changes is None else changes == "",
+        **_code(),
         "torch": torch.__version__,
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "precision": recipe.precision,
+        "precision": trainer.recipe.precision,
         "compiled": compile,
-        "start": _now(),
-        "end": _now(),
-        "wall_seconds": 0.0,
+        "mean": [round(v, 6) for v in trainer.normalization[0]],
+        "std": [round(v, 6) for v in trainer.normalization[1]],
     }
+
+
+def _note_session(record: Record, now: dict[str, Any]) -> None:
+    """The first session's provenance stands; a later one that differs is listed in ``later``."""
+    if not record.provenance:
+        record.provenance = now | {"start": _now(), "end": _now(), "wall_seconds": 0.0}
+        return
+    before = record.provenance
+    for session in before.get("later", []):
+        before = before | session
+    changed = {k: v for k, v in now.items() if before.get(k) != v}
+    if changed:
+        record.provenance.setdefault("later", []).append(
+            {"from_epoch": record.epochs + 1} | changed
+        )
 
 
 def _processor() -> str:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from sigreg_lib.data import ImageData, load
 from sigreg_lib.recipes import Recipe, find
 from sigreg_lib.records import Record, run_name
-from sigreg_lib.train.run import train
+from sigreg_lib.train.run import check, train
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ def sweep(
     if twice:
         raise ValueError(f"runs given twice: {', '.join(twice)}")
     options = {"quiet": True, **options}
+    for run in runs:  # bad input stops the sweep before its first run
+        check(run.resolve(), run.seed, options.get("epochs"), options.get("device", "auto"))
+    holdouts = {run.resolve().holdout for run in runs}
+    if not isinstance(options.get("data", "digits"), ImageData):
+        download = options.get("download", False)
+        loaded = [
+            load(options.get("data", "digits"), download=download, holdout=h) for h in holdouts
+        ]
+        if workers == 1 and len(loaded) == 1:
+            options["data"] = loaded[0]
     records: dict[str, Record] = {}
     failures: list[str] = []
 
