@@ -12,8 +12,10 @@ import io
 import json
 import math
 import os
+import posixpath
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 BUDGETS = ("recorded", "smoke", "cpu", "full")
 COLUMN, WIDE = 3.3, 6.8  # inches: one column of a two-column paper, and both
+
+MOST_NAMES = 12  # records of one folder that an index entry names one by one
 
 # Line style and marker tell the methods apart in greyscale; colours are seaborn's `colorblind`.
 METHODS: dict[str, dict[str, Any]] = {
@@ -268,6 +272,10 @@ def _provenance(name: str, caption: str, records: Iterable[str | Path]) -> tuple
                 raise ValueError(f"records: {record} is no run record ({error!r})") from error
             record = Path(record.parent.name, record.stem)
         names.add(record.as_posix())
+    folders = Counter(posixpath.dirname(record) for record in names)
+    for folder, count in folders.items():  # a folder of many runs is named once
+        if folder and count > MOST_NAMES:
+            names = {n for n in names if posixpath.dirname(n) != folder} | {f"{count} of {folder}"}
     commit = _code_commit() + (f" (runs at {', '.join(sorted(runs))})" if runs else "")
     return " ".join(caption.split()), ", ".join(sorted(names)) or "none", commit
 

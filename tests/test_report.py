@@ -396,3 +396,10 @@ def test_a_plotted_mean_and_band_are_the_interval(log):
     assert min(heights) == pytest.approx(back(mean - half))
     assert max(heights) == pytest.approx(back(mean + half))
     plt.close(fig)
+
+
+def test_many_records_of_one_folder_are_counted_and_few_are_named(fig, tmp_path):
+    names = [f"grid/run-s{i}" for i in range(13)] + ["main/a-s0", "main/b-s0"]
+    report.save_figure(fig, "many", caption=CAPTION, records=names, out=tmp_path)
+    index = (tmp_path / "README.md").read_text()
+    assert "Records: 13 of grid, main/a-s0, main/b-s0." in index
