@@ -1,0 +1,71 @@
+"""The README tells the truth: its numbers come from records, its names exist."""
+
+import re
+
+import pytest
+from helpers import ROOT
+
+from sigreg_lib import records
+from sigreg_lib.paper import published
+from sigreg_lib.recipes import RECIPES
+
+README = (ROOT / "README.md").read_text()
+ROWS = re.findall(
+    r"^\| (\S+/\S+) \| (\d+) \| ([\d.]+)( \(interpolated\))? \| ([\d.]+) \| (\d+) \|$", README, re.M
+)
+
+
+def test_the_table_of_runs_is_found():
+    assert len(ROWS) == 5
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_a_row_of_the_table_is_what_the_records_and_the_paper_say(row):
+    name, epoch, theirs, interpolated, ours, n = row
+    curve, at = published(name).curve, int(epoch)
+    found = [
+        r.at(at)["test_accuracy"]
+        for _, r in records.select(ROOT / "figures/records", recipe=name)
+        if r.dataset == "cifar100" and not r.overrides and r.epochs >= at
+    ]
+    assert len(found) == int(n)
+    assert f"{sum(found) / len(found):.2f}" == ours
+    if not interpolated:
+        assert float(theirs) == curve[at]
+        return
+    before, after = max(e for e in curve if e < at), min(e for e in curve if e > at)
+    share = (at - before) / (after - before)
+    line = curve[before] + share * (curve[after] - curve[before])
+    assert f"{line:.2f}" == theirs
+
+
+def test_every_file_that_the_readme_links_is_there():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links), links
+
+
+def test_every_recipe_and_make_target_of_the_readme_exists():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake (\w+)", README))
+    assert named and named <= targets
+    recipes = set(re.findall(r"\b(?:vit|expert|mlp|digits)[\w-]*/(?:none|weak|strong)\b", README))
+    assert recipes and recipes <= set(RECIPES)
+
+
+def test_every_name_that_the_readme_imports_exists():
+    import sigreg_lib
+
+    names = re.findall(r"from sigreg_lib import ([\w, ]+)", README)
+    assert names and all(hasattr(sigreg_lib, n.strip()) for line in names for n in line.split(","))
+
+
+def test_the_floor_that_the_readme_quotes_is_the_computed_one():
+    from sigreg_lib import weak_floor
+
+    (n, c, k, floor, collapse) = re.search(
+        r"N = (\d+), C = (\d+), K = (\d+) Weak's floor is ([\d.]+), while total collapse costs "
+        r"([\d.]+)",
+        README,
+    ).groups()
+    assert f"{weak_floor(int(n), int(c), int(k)):.1f}" == floor
+    assert f"{int(k) ** 0.5:.1f}" == collapse
