@@ -46,7 +46,7 @@ def test_every_file_that_the_readme_links_is_there():
 
 def test_every_recipe_and_make_target_of_the_readme_exists():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"\bmake (\w+)", README))
+    named = set(re.findall(r"(?:^|`)make (\w+)", README, re.M))
     assert named and named <= targets
     recipes = set(re.findall(r"\b(?:vit|expert|mlp|digits)[\w-]*/(?:none|weak|strong)\b", README))
     assert recipes and recipes <= set(RECIPES)
@@ -63,8 +63,8 @@ def test_the_floor_that_the_readme_quotes_is_the_computed_one():
     from sigreg_lib import weak_floor
 
     (n, c, k, floor, collapse) = re.search(
-        r"N = (\d+), C = (\d+), K = (\d+) Weak's floor is ([\d.]+), while total collapse costs "
-        r"([\d.]+)",
+        r"N = (\d+), C = (\d+), K = (\d+) Weak's floor is (\d+\.\d), while total collapse "
+        r"costs (\d+\.\d)",
         README,
     ).groups()
     assert f"{weak_floor(int(n), int(c), int(k)):.1f}" == floor

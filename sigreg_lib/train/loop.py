@@ -216,10 +216,12 @@ class Trainer:
         return logits, features
 
     @torch.no_grad()
-    def diagnose(self, features: list[Tensor], fully: bool = True) -> dict[str, list] | None:
+    def diagnose(
+        self, features: list[Tensor], fully: bool = True, spectrum: bool = True
+    ) -> dict[str, list] | None:
         """Measures of each tapped layer; see :class:`~sigreg_lib.records.Record`.
 
-        Only the effective dimension unless ``fully``; None where a layer's features or their
+        Only the effective dimension unless ``fully``, with or without the spectrum; None where a layer's features or their
         squares are not finite.
         """
         measures: dict[str, list] = {}
@@ -231,6 +233,10 @@ class Trainer:
             found = {"effective_dim": diagnostics.participation_ratio(z)}
             if fully:
                 found |= self._measure(z)
+            if fully and spectrum:
+                values = diagnostics.covariance_spectrum(z)
+                ranks = torch.tensor(records.spectrum_ranks(values.shape[-1]), device=z.device)
+                found["spectrum"] = values[:, ranks - 1]
             for name, values in found.items():
                 column = measures.setdefault(name, [None] * len(features))
                 for i, value in zip(members, values.tolist(), strict=True):
@@ -246,10 +252,7 @@ class Trainer:
         size_n = min(PROBE_BATCH, z.shape[1])
         batches = z[:, : z.shape[1] // size_n * size_n].unflatten(1, (-1, size_n))
         narrow = z.shape[-1] <= PROBE_DIM
-        spectrum = diagnostics.covariance_spectrum(z)
-        ranks = torch.tensor(records.spectrum_ranks(spectrum.shape[-1]), device=z.device)
         return {
-            "spectrum": spectrum[:, ranks - 1],
             "feature_norm": diagnostics.feature_norm(z),
             "mean_cosine": diagnostics.mean_cosine(z),
             "weak": weak_values(batches, None if narrow else sketch).mean(1),

@@ -141,7 +141,7 @@ def _append(record: Record, trainer: Trainer, trained, tested, floor, start, las
     look = last or looked_at(epoch)
     layers = None
     if np.isfinite((trained["objective"], trained["grad_norm"], tested["test_loss"])).all():
-        layers = trainer.diagnose(features, look)
+        layers = trainer.diagnose(features, look, last or epoch in SPECTRUM_EPOCHS)
     diverged = layers is None
     layers = layers or {"effective_dim": [None]}
     entry = {
@@ -155,9 +155,7 @@ def _append(record: Record, trainer: Trainer, trained, tested, floor, start, las
         record.history[name].append(records.round_floats(entry[name]))
     record.layers.setdefault("names", list(trainer.handle.names))
     if look and not diverged:
-        row = {"epoch": epoch, "regularizer": trained["layers"]} | layers
-        if not (last or epoch in SPECTRUM_EPOCHS):
-            row["spectrum"] = None  # the bulk of a record
+        row = {"epoch": epoch, "regularizer": trained["layers"], "spectrum": None} | layers
         for name, values in row.items():
             if values != []:
                 record.layers.setdefault(name, []).append(records.round_floats(values, 4))
