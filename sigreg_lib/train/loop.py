@@ -221,8 +221,8 @@ class Trainer:
     ) -> dict[str, list] | None:
         """Measures of each tapped layer; see :class:`~sigreg_lib.records.Record`.
 
-        Only the effective dimension unless ``fully``, with or without the spectrum; None where a layer's features or their
-        squares are not finite.
+        Only the effective dimension unless ``fully``, with or without the spectrum; None where a
+        layer's features or their squares are not finite.
         """
         measures: dict[str, list] = {}
         for shape in {z.shape for z in features}:
