@@ -11,7 +11,6 @@ import difflib
 import io
 import json
 import math
-import os
 import posixpath
 import re
 import subprocess
@@ -20,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from sigreg_lib.records import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,7 +219,7 @@ def save_figure(
         for suffix, metadata in (("pdf", pdf | {"CreationDate": None}), ("png", png)):
             buffer = io.BytesIO()
             fig.savefig(buffer, format=suffix, dpi=300, metadata=metadata)
-            _write(Path(out) / f"{name}.{suffix}", buffer.getvalue())
+            write_atomically(Path(out) / f"{name}.{suffix}", buffer.getvalue())
     links = f"![{name}]({name}.png)\n\n{caption}\n\n[PDF]({name}.pdf), [PNG]({name}.png)."
     _index(Path(out), ("figure", name), f"{links} Records: {listed}. Commit: {commit}.")
 
@@ -252,7 +253,7 @@ def save_table(
     tex = frame.to_latex(index=index, escape=True, caption=title, label=f"tab:{name}")
     for suffix, sign, text in (("csv", "#", csv), ("tex", "%", tex)):
         head = f"{sign} {caption}\n{sign} records: {listed}\n{sign} commit: {commit}\n"
-        _write(Path(out) / f"{name}.{suffix}", (head + text).encode())
+        write_atomically(Path(out) / f"{name}.{suffix}", (head + text).encode())
     links = f"{caption}\n\n[CSV]({name}.csv), [LaTeX]({name}.tex)."
     _index(Path(out), ("table", name), f"{links} Records: {listed}. Commit: {commit}.")
 
@@ -311,15 +312,4 @@ def _index(folder: Path, key: tuple[str, str], body: str) -> None:
             break
     else:
         text = f"{text.rstrip()}\n\n{entry}"
-    _write(path, text.encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write whole or not at all: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half.write_bytes(data)
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+    write_atomically(path, text.encode())

@@ -103,9 +103,9 @@ def test_saving_again_gives_the_same_bytes(fig, record, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "file"
-    report._write(path, b"old")
+    report.write_atomically(path, b"old")
     with pytest.raises(TypeError):
-        report._write(path, "not bytes")
+        report.write_atomically(path, "not bytes")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

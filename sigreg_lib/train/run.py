@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import io
 import subprocess
 import sys
 import time
@@ -117,7 +117,9 @@ def train(
         tested = trainer.evaluate()
         _append(record, trainer, trained, tested, floor, start, last=epoch + 1 == stop)
         state = trainer.state() | {"record": record.to_json()}
-        _save_checkpoint(checkpoint, state)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        records.write_atomically(checkpoint, buffer.getbuffer())
         record.write(path)
         say(_line(record, stop))
     record.write(path)
@@ -166,16 +168,6 @@ def _append(record: Record, trainer: Trainer, trained, tested, floor, start, las
     record.provenance["end"] = _now()
     spent = record.provenance["wall_seconds"] + time.perf_counter() - start
     record.provenance["wall_seconds"] = round(spent, 3)
-
-
-def _save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _device(name: str) -> torch.device:
