@@ -26,7 +26,10 @@ class Recipe:
     """All settings of a run but its data, its seed and the machine.
 
     Fields marked (vit) do nothing for the MLP. Lengths are in pixels of a 32-pixel image, rates
-    per step, ``epochs`` is the length of the learning-rate schedule.
+    per step, ``epochs`` is the length of the learning-rate schedule. ``mode`` is the published loss
+    (``paper``), ours (``corrected``), or for Weak one part of ours alone: the norm's square, an
+    orthonormal sketch, the unbiased estimate of the square. A square's gradient is 2R times that of
+    the norm: divide ``lam`` by 2R to compare.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Recipe:
     # the objective; a baseline of the released settings keeps the factor (1 - lam)
     lam: float = 0.1
     convex: bool = True
-    mode: Literal["paper", "corrected"] = "paper"
+    mode: Literal["paper", "squared", "orthonormal", "unbiased", "corrected"] = "paper"
     sketch_dim: int = 64
     resample: bool = True
     strong_grid: Literal["paper", "lejepa"] = "paper"
@@ -95,6 +98,8 @@ class Recipe:
             raise ValueError(f"lam must lie in [0, 1] when convex, not {self.lam!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or none, not {self.clip_norm!r}")
+        if self.regularizer == "strong" and self.mode not in ("paper", "corrected"):
+            raise ValueError(f"mode of Strong is paper or corrected (unbiased), not {self.mode!r}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
         if self.mean is not None and len(self.mean) != len(self.std):
@@ -148,14 +153,19 @@ class Recipe:
 
         Its random matrices come from ``generator``, or from one seeded with ``seed``.
         """
-        corrected = self.mode == "corrected"
         options = {"resample": self.resample, "generator": generator, "seed": seed}
+        unbiased = self.mode in ("unbiased", "corrected")
         if self.regularizer == "weak":
-            make = WeakSIGReg.corrected if corrected else WeakSIGReg
-            return make(self.sketch_dim, **options)
+            return WeakSIGReg(
+                self.sketch_dim,
+                sketch="orthonormal" if self.mode in ("orthonormal", "corrected") else "gaussian",
+                squared=unbiased or self.mode == "squared",
+                unbiased=unbiased,
+                **options,
+            )
         if self.regularizer == "strong":
             t_max, n_points = STRONG_GRIDS[self.strong_grid]
-            return SIGReg(self.sketch_dim, t_max, n_points, unbiased=corrected, **options)
+            return SIGReg(self.sketch_dim, t_max, n_points, unbiased=unbiased, **options)
         return None
 
     def learning_rate(self, epoch: int) -> float:

@@ -74,6 +74,26 @@ def test_the_cosine_starts_at_lr_halves_midway_and_steps_once_an_epoch():
     assert {RECIPES["mlp/weak"].learning_rate(e) for e in (0, 17, 399)} == {0.1}
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind", "squared", "unbiased"),
+    [
+        ("paper", "gaussian", False, False),
+        ("squared", "gaussian", True, False),
+        ("orthonormal", "orthonormal", False, False),
+        ("unbiased", "gaussian", True, True),
+        ("corrected", "orthonormal", True, True),
+    ],
+)
+def test_a_mode_of_weak_is_the_published_loss_with_the_parts_of_ours(mode, kind, squared, unbiased):
+    loss = RECIPES["mlp/weak"].override(mode=mode).build_regularizer()
+    assert (loss.source.kind, loss.squared, loss.unbiased) == (kind, squared, unbiased)
+
+
+def test_a_mode_that_strong_does_not_have_is_refused():
+    with pytest.raises(ValueError, match=r"mode of Strong is paper or corrected.*'orthonormal'"):
+        RECIPES["mlp/strong"].override(mode="orthonormal")
+
+
 def test_regularizers_are_built_as_named():
     weak = RECIPES["vit/weak"].build_regularizer()
     assert isinstance(weak, WeakSIGReg) and not weak.squared and weak.source.resample
