@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sigreg_lib import _kernels
+from sigreg_lib.losses import _kernels
 from sigreg_lib.sketch import MatrixSource
 
 STRONG_GRIDS: dict[str, tuple[float, int]] = {"paper": (5.0, 17), "lejepa": (3.0, 33)}
