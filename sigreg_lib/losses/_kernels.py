@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,15 +27,23 @@ def _is_transformed(*tensors: Tensor) -> bool:
 # ---------------------------------------------------------------- covariance (Weak)
 
 
-def covariance_deviation(y: Tensor, squared: bool, unbiased: bool, gather: bool) -> Tensor:
-    """||Cov(y) - I||_F or its (unbiased) square; (..., N, K) -> (...)."""
+def covariance_deviation(
+    z: Tensor, sketch: Tensor | None, squared: bool, unbiased: bool, gather: bool
+) -> Tensor:
+    """||Cov(z S) - I||_F or its (unbiased) square; (..., N, C) -> (...)."""
+    if sketch is not None and sketch.requires_grad:
+        z, sketch = z @ sketch, None
+    inputs = (z,) if sketch is None else (z, sketch)
     alone = process_count(gather) == 1
-    if alone and (torch.compiler.is_compiling() or _is_transformed(y)):
-        return _covariance_expression(y, squared, unbiased)
-    return _CovarianceDeviation.apply(y, squared, unbiased, gather)
+    if alone and (torch.compiler.is_compiling() or _is_transformed(*inputs)):
+        return _covariance_expression(z, sketch, squared, unbiased)
+    return _CovarianceDeviation.apply(z, sketch, squared, unbiased, gather)
 
 
-def _covariance_expression(y: Tensor, squared: bool, unbiased: bool) -> Tensor:
+def _covariance_expression(
+    z: Tensor, sketch: Tensor | None, squared: bool, unbiased: bool
+) -> Tensor:
+    y = z if sketch is None else z @ sketch
     n, k = y.shape[-2:]
     centred = y - y.mean(-2, keepdim=True)
     covariance = centred.mT @ centred / (n - 1)
@@ -56,55 +65,57 @@ def _unbiased_square(n: int, k: int, trace: Tensor, of_square: Tensor, fourth: T
 
 
 class _CovarianceDeviation(torch.autograd.Function):
-    """Two products fewer than automatic differentiation, and no K x K graph."""
+    """Value and gradient in the sketched space in the forward pass; one product in the backward."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, squared: bool, unbiased: bool, gather: bool) -> Tensor:
+    def forward(ctx, z: Tensor, sketch: Tensor | None, squared: bool, unbiased: bool, gather: bool):
         ctx.options = squared, unbiased
         ctx.processes = process_count(gather)
+        y = z if sketch is None else z @ sketch
         n, k = sample_count(y.shape[-2], y.device, gather), y.shape[-1]
-        mean = sum_over_processes(y.sum(-2, keepdim=True), gather) / n
-        centred = y - mean
-        covariance = sum_over_processes(centred.mT @ centred, gather) / (n - 1)
+        if ctx.processes == 1:
+            mean = y.mean(-2, keepdim=True)
+        else:
+            mean = sum_over_processes(y.sum(-2, keepdim=True), gather) / n
+        centred = y - mean if sketch is None else y.sub_(mean)
+        covariance = sum_over_processes(centred.mT @ centred, gather)
+        covariance /= n - 1
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
         if unbiased:
             radius = centred.square().sum(-1)
-            trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+            trace = diagonal.sum(-1)
             fourth = sum_over_processes(radius.square().sum(-1), gather) / (n - 1)
             value = _unbiased_square(n, k, trace, covariance.square().sum((-2, -1)), fourth)
             # d value / d centred = centred @ product + centred * radius * cubic, then centred again
             a = 4 / (n * (n - 2) * (n - 3))
-            product = a * (n - 1) * (n - 2) * covariance
-            product.diagonal(dim1=-2, dim2=-1).add_((a * trace - 4 / (n - 1))[..., None])
-            cubic_mean = (
-                sum_over_processes((radius[..., None] * centred).sum(-2, keepdim=True), gather) / n
-            )
-            ctx.cubic = -a * n
-            ctx.save_for_backward(y, centred, product, radius, cubic_mean)
-            return value
-        deviation = covariance
-        deviation.diagonal(dim1=-2, dim2=-1).sub_(1)
-        norm = torch.linalg.vector_norm(deviation, dim=(-2, -1))
-        # at a norm of exactly 0 the subgradient 0 is taken
-        scale = 4.0 if squared else torch.where(norm > 0, 2 / norm, 0)[..., None, None]
-        ctx.save_for_backward(y, centred, deviation * scale / (n - 1))
-        return norm.square() if squared else norm
+            product = covariance.mul_(a * (n - 1) * (n - 2))
+            diagonal += (a * trace - 4 / (n - 1))[..., None]
+            cubic = radius[..., None] * centred
+            cubic -= sum_over_processes(cubic.sum(-2, keepdim=True), gather) / n
+            gradient = (centred @ product).sub_(cubic, alpha=a * n)
+        else:
+            diagonal -= 1
+            norm = torch.linalg.vector_norm(covariance, dim=(-2, -1))
+            value = norm.square() if squared else norm
+            # at a norm of exactly 0 covariance is 0 too: the subgradient 0 is taken
+            scale = 4 / (n - 1) if squared else 2 / (n - 1) / norm.clamp_min(1e-30)[..., None, None]
+            gradient = centred @ covariance.mul_(scale)
+        ctx.save_for_backward(z, sketch, gradient if ctx.needs_input_grad[0] else None)
+        return value
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        squared, unbiased = ctx.options
-        y, centred, product, *cubic = ctx.saved_tensors
+        z, sketch, gradient = ctx.saved_tensors
+        nothing = (None,) * 4
         if torch.is_grad_enabled():  # a derivative of this gradient is wanted
             _refuse_second_derivative(ctx.processes)
-            expression = functools.partial(
-                _covariance_expression, squared=squared, unbiased=unbiased
-            )
-            return _derive(expression, y, grad), None, None, None
-        g = (grad * ctx.processes)[..., None, None]
-        result = centred @ (product * g)
-        if unbiased:
-            radius, cubic_mean = cubic
-            result += ctx.cubic * g * (radius[..., None] * centred - cubic_mean)
-        return result, None, None, None
+
+            def expression(x: Tensor) -> Tensor:
+                return _covariance_expression(x, sketch, *ctx.options)
+
+            return _derive(expression, z, grad), *nothing
+        gradient = gradient * (grad * ctx.processes)[..., None, None]
+        return (gradient if sketch is None else gradient @ sketch.mT), *nothing
 
 
 # ---------------------------------------------------------------- characteristic function (Strong)
@@ -127,13 +138,19 @@ def characteristic_deviation(
     return _CharacteristicDeviation.apply(z, directions, t_max, points, unbiased, gather)
 
 
-def _grid(t_max: float, points: int, like: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
-    """Spacing, positive points t, exp(-t^2/2), and trapezoid weight times exp(-t^2/2), doubled."""
-    dt = t_max / points
-    t = torch.arange(1, points + 1, dtype=like.dtype, device=like.device) * dt
-    gauss = torch.exp(-t.square() / 2)
-    ends = torch.arange(1, points + 1, device=like.device) == points
-    return dt, t, gauss, 2 * dt * gauss * torch.where(ends, 0.5, 1.0).to(like.dtype)
+@functools.lru_cache(maxsize=64)
+def _grid_values(t_max: float, points: int) -> np.ndarray:
+    t = np.arange(1, points + 1) * (t_max / points)
+    gauss = np.exp(-t * t / 2)
+    weight = 2 * (t_max / points) * gauss
+    weight[-1] /= 2
+    return np.stack([t, gauss, weight])
+
+
+def _grid(t_max: float, points: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive points t, exp(-t^2/2), and trapezoid weight times exp(-t^2/2), doubled."""
+    values = _grid_values(float(t_max), points)
+    return tuple(torch.tensor(values, dtype=like.dtype, device=like.device))
 
 
 def _project(z: Tensor, directions: Tensor, dt: float) -> Tensor:
@@ -148,7 +165,7 @@ def _characteristic_expression(
     z: Tensor, directions: Tensor, t_max: float, points: int, unbiased: bool
 ) -> Tensor:
     n = z.shape[-2]
-    _, t, gauss, weight = _grid(t_max, points, z)
+    t, gauss, weight = _grid(t_max, points, z)
     angle = (z @ directions)[..., None] * t
     real, imag = torch.cos(angle).mean(-3), torch.sin(angle).mean(-3)  # (..., K, points)
     square = (real - gauss).square() + imag.square()
@@ -167,7 +184,8 @@ def _rows_with_gradient(
     for m_j = mean_n w^j - g_j the gradient is sum_j 2 W_j t_j Re(i conj(m_j) w^j). Memory O(R N).
     """
     n = sample_count(rows.shape[-1], rows.device, gather)
-    _, t, gauss, weight = _grid(t_max, points, rows)
+    t, gauss, weight = _grid(t_max, points, rows)
+    gauss, weight = gauss[:, None], weight[:, None]
     values = rows.new_empty(len(rows))
     on_cpu = rows.device.type == "cpu"
     share = max(1, n // process_count(gather))  # the same everywhere, as the sums must be
@@ -176,15 +194,16 @@ def _rows_with_gradient(
         angle = rows[start : start + size]
         powers = _powers(angle, points)  # (points, rows, N)
         phi = sum_over_processes(torch.view_as_real(powers.sum(-1)), gather) / n
-        phi = torch.view_as_complex(phi)
-        slope = phi - gauss[:, None]
-        square = slope.real.square() + slope.imag.square()
+        slope = phi.clone() if unbiased else phi
+        slope[..., 0] -= gauss
+        square = slope.square().sum(-1)
         if unbiased:
-            square = square - (1 - phi.real.square() - phi.imag.square()) / (n - 1)
-            slope = slope + phi / (n - 1)
-        values[start : start + size] = n * (weight[:, None] * square).sum(0)
+            square -= (1 - phi.square().sum(-1)) / (n - 1)
+            slope += phi / (n - 1)
+        values[start : start + size] = (square * (n * weight)).sum(0)
         if with_gradient:  # the angles are not needed any more
-            factor = (2 * weight * t)[:, None] * torch.complex(slope.imag, slope.real)
+            slope *= (2 * t[:, None] * weight)[..., None]
+            factor = torch.view_as_complex(slope.flip(-1))  # (imag, real): i conj(slope)
             torch.sum(powers.mul_(factor[..., None]).real, 0, out=angle)
     return values
 

@@ -71,10 +71,9 @@ def weak_values(
     _check_samples(z, at_least=4 if unbiased else 2)
     _check_matrix(z, sketch, "sketch")
     with torch.autocast(z.device.type, enabled=False):
-        y = _statistics_dtype(z)
-        if sketch is not None:
-            y = y @ sketch.to(y)
-        return _kernels.covariance_deviation(y, squared, unbiased, gather_distributed)
+        z = _statistics_dtype(z)
+        sketch = None if sketch is None else sketch.to(z)
+        return _kernels.covariance_deviation(z, sketch, squared, unbiased, gather_distributed)
 
 
 def strong_sigreg(
