@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from sigreg_lib._names import nearest
 
 POOLS = ("mean", "class_token", "tokens")
 
@@ -53,8 +54,7 @@ def attach(
     if on not in ("output", "input"):
         raise ValueError(f"on must be 'output' or 'input', not {on!r}")
     if not callable(pool) and pool not in POOLS:
-        near = difflib.get_close_matches(str(pool), POOLS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown pool {pool!r}; did you mean {near!r}?")
+        raise ValueError(f"unknown pool {pool!r}; did you mean {nearest(pool, POOLS)!r}?")
     taps = _find(model, layers)
     if weights is not None and (len(weights) != len(taps) or min(weights) < 0 or not sum(weights)):
         raise ValueError(

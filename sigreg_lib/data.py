@@ -7,7 +7,6 @@ parquet files of the Hugging Face hub (``uoft-cs/cifar100``) or from torchvision
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import re
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+
+from sigreg_lib._names import nearest
 
 NAMES = ("cifar100", "digits")
 CIFAR100_SIZE = 32
@@ -174,8 +175,8 @@ def _folder(data: str | os.PathLike[str]) -> Path:
         return Path(os.environ.get("SIGREG_DATA") or cache).expanduser()
     folder = Path(data).expanduser()
     if isinstance(data, str) and folder.name == data and not folder.exists():  # a bare word
-        near = difflib.get_close_matches(data, NAMES, n=1, cutoff=0.5)
-        hint = f", did you mean {near[0]!r}?" if near else ";"
+        near = nearest(data, NAMES, cutoff=0.5)
+        hint = f", did you mean {near!r}?" if near else ";"
         raise ValueError(f"unknown data {data!r}{hint} Known: {', '.join(NAMES)}, or {_LAYOUTS}")
     return folder
 

@@ -8,7 +8,6 @@ Source of all settings: Weak-SIGReg, arXiv 2603.05924, and what was released wit
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import math
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigreg_lib._blocks import Block, DropPath, Rotary, make_norm, redraw_drop_path
+from sigreg_lib._names import nearest
 
 __all__ = ["MLP", "DropPath", "Rotary", "VisionTransformer", "build_model", "redraw_drop_path"]
 
@@ -233,7 +233,7 @@ def _learned(rows: int, width: int) -> nn.Parameter:
 
 
 def _suggest(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+    near = nearest(name, known)
     return f"expected one of {', '.join(known)}; did you mean {near!r}?"
 
 

@@ -9,10 +9,11 @@ Source: arXiv 2603.05924, Tables 1 to 3, and the logs published with it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+
+from sigreg_lib._names import nearest
 
 TITLE = "Weak-SIGReg: Covariance Regularization for Stable Deep Learning"
 ARXIV = "2603.05924"
@@ -109,7 +110,7 @@ def published(name: str) -> PublishedRow:
         ValueError: no such row; the nearest is named.
     """
     if name not in PUBLISHED:
-        near = difflib.get_close_matches(str(name), PUBLISHED, n=1, cutoff=0)[0]
+        near = nearest(name, PUBLISHED)
         raise ValueError(f"name={name!r}: no published row of that name; did you mean {near!r}?")
     return PUBLISHED[name]
 

@@ -12,13 +12,13 @@ D = G G' + T I. The closed forms hold along common eigenvectors of covariance, D
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from sigreg_lib._names import nearest
 from sigreg_lib.diagnostics import check_samples
 from sigreg_lib.losses import strong_values
 from sigreg_lib.sketch import directions as draw_directions
@@ -238,7 +238,7 @@ def _double(value: Number) -> Tensor:
 
 def _check_kind(kind: str) -> None:
     if kind not in FORCES:
-        near = difflib.get_close_matches(str(kind), FORCES, n=1, cutoff=0)[0]
+        near = nearest(kind, FORCES)
         raise ValueError(f"unknown force {kind!r}; did you mean {near!r}? known: {FORCES}")
 
 

@@ -8,7 +8,6 @@ each difference is a field here.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import typing
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sigreg_lib._names import nearest
 from sigreg_lib.augment import Policy
 from sigreg_lib.losses import STRONG_GRIDS, SIGReg, WeakSIGReg
 
@@ -114,7 +114,7 @@ class Recipe:
         """
         for name in changes:
             if name not in HINTS or name == "name":
-                near = difflib.get_close_matches(name, HINTS, n=1, cutoff=0)[0]
+                near = nearest(name, HINTS)
                 raise ValueError(f"a recipe has no setting {name!r}; did you mean {near!r}?")
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         return dataclasses.replace(self, **lists)
@@ -210,7 +210,7 @@ def find(name: str) -> Recipe:
         ValueError: no such recipe; the nearest is named.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0)[0]
+        near = nearest(name, RECIPES)
         raise ValueError(f"unknown recipe {name!r}; did you mean {near!r}? (`sigreg list`)")
     return RECIPES[name]
 
@@ -243,7 +243,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         return
     words = [w for option in options for w in typing.get_args(option) if isinstance(w, str)]
     if words and isinstance(value, str):
-        near = difflib.get_close_matches(value, words, n=1, cutoff=0)[0]
+        near = nearest(value, words)
         raise ValueError(f"{name} is one of {', '.join(words)}, not {value!r}; meant {near!r}?")
     kind = " or ".join(getattr(o, "__name__", str(o)).replace("NoneType", "none") for o in options)
     raise ValueError(f"{name} must be {' | '.join(words) or kind}, not {value!r}")

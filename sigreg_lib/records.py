@@ -30,19 +30,22 @@ class Record:
         seed: of everything random.
         dataset: name of the data set.
         history: one list a column of :data:`HISTORY`, one entry an epoch; None where a value does
-            not exist (the regularizer of a baseline) or is not finite (a diverged run).
+            not exist (the regularizer of a baseline; test columns and effective dimension of an
+            epoch without evaluation) or is not finite (a diverged run).
         layers: ``names`` of the tapped layers, ``epoch`` of each look at them (the first ten, then
-            every 5th, from 50 every 10th, and the last of a run), and one row a look with a value
-            a layer, floats at 4 digits: ``regularizer`` (training batches) and, on the first 2,000
-            test images (tokens, where these are the samples), ``effective_dim`` (participation
-            ratio), ``weak``, ``strong`` (K = 64, batches of 128), ``feature_norm``,
-            ``mean_cosine``, ``spectrum`` (eigenvalues of the covariance at
+            every 5th, from 50 every 10th, and the last of a run; if they were tested), and one row
+            a look with a value a layer, floats at 4 digits: ``regularizer`` (training batches) and,
+            on the first 2,000 test images (tokens, where these are the samples), ``effective_dim``
+            (participation ratio), ``weak``, ``strong`` (K = 64, batches of 128),
+            ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues of the covariance at
             :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the last).
         epochs_planned: length of the schedule.
         status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
         provenance: commit and whether the package was unchanged, torch, device, threads, precision,
-            compiled, mean and std of the normalization as used, start, end, wall seconds; ``later``
-            lists sessions that resumed the run under something else, with their first epoch.
+            compiled, captured (CUDA), mean and std of the normalization as used, start, end, wall
+            seconds; ``batched`` the seeds that were trained at once, if so: times are then this
+            run's share; ``later`` lists sessions that resumed the run under something else, with
+            their first epoch.
     """
 
     recipe: str
@@ -69,20 +72,26 @@ class Record:
 
     @property
     def last(self) -> dict[str, Any] | None:
-        """The last epoch's history entry."""
+        """The last epoch's history entry.
+
+        Test columns can be None in a run that diverged, or that was killed between evaluations.
+        """
         return self.at(self.epochs) if self.epochs else None
+
+    def measured(self, name: str) -> tuple[list[int], list]:
+        """Epochs, counted from 1, at which a column of the history has a value, and the values."""
+        pairs = zip(*self._columns("epoch", name), strict=True)
+        found = [(epoch, value) for epoch, value in pairs if value is not None]
+        return [epoch for epoch, _ in found], [value for _, value in found]
 
     @property
     def best_test(self) -> dict[str, Any] | None:
         """Epoch and value of the highest test accuracy: as published, an optimistic figure."""
-        done = [
-            (a, e)
-            for a, e in zip(*self._columns("test_accuracy", "epoch"), strict=True)
-            if a is not None
-        ]
-        if not done:
+        epochs, accuracies = self.measured("test_accuracy")
+        if not epochs:
             return None
-        accuracy, epoch = max(done, key=lambda pair: (pair[0], -pair[1]))
+        pairs = zip(accuracies, epochs, strict=True)
+        accuracy, epoch = max(pairs, key=lambda pair: (pair[0], -pair[1]))
         return {"epoch": epoch, "test_accuracy": accuracy}
 
     def _columns(self, *names: str) -> list[list]:

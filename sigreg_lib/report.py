@@ -7,7 +7,6 @@ in the history only when its content does. Plotting and table libraries are impo
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sigreg_lib._names import nearest
 from sigreg_lib.records import write_atomically
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ _ENTRY = re.compile(r"^<!-- (figure|table) (\S+) -->\n.*?^<!-- end of \2 -->\n",
 
 def _nearest(name: object, known: Iterable[object]) -> str:
     names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(names)}"
+    close = nearest(name, names, cutoff=0.6)
+    return (f"did you mean {close!r}? " if close else "") + f"known: {', '.join(names)}"
 
 
 def check_parameters(
@@ -132,7 +132,7 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, 
         s^2 = \sum_i (x_i - \bar x)^2 / (n - 1)
 
     Args:
-        values: one number a run (seed), any unit.
+        values: one number a run (seed), any unit; a record's None is no number.
         level: coverage, in (0, 1).
 
     Returns:
@@ -143,7 +143,7 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, 
     """
     from scipy.stats import t
 
-    x = [float(v) for v in values]
+    x = [math.nan if v is None else float(v) for v in values]
     if not x or not all(map(math.isfinite, x)):
         raise ValueError(f"values must be one or more finite numbers, got {x}")
     if not 0 < level < 1:
@@ -176,13 +176,21 @@ def plot_mean(
     Args:
         ax: where.
         x: one position a group.
-        groups: values of independent runs; a group of one has no band.
+        groups: values of independent runs; a group of one has no band. A group without any value
+            (all None: epochs without evaluation) is skipped.
         method: key of `METHODS`.
         log: means and intervals of the logarithm (geometric mean); values must be positive.
         style: changes of the look, for `Axes.plot`.
+
+    Raises:
+        ValueError: in a group some runs have a value and others None.
     """
+    filled = [
+        (at, g) for at, g in zip(x, groups, strict=True) if not g or any(v is not None for v in g)
+    ]
+    x, groups = [at for at, _ in filled], [g for _, g in filled]
     forward, back = (math.log, math.exp) if log else (float, float)
-    found = [mean_interval([forward(v) for v in group]) for group in groups]
+    found = [mean_interval([v if v is None else forward(v) for v in group]) for group in groups]
     look = method_style(method) | style
     ax.plot(x, [back(mean) for mean, _, _ in found], **look)
     halves = [0.0 if math.isnan(half) else half for _, half, _ in found]

@@ -7,13 +7,14 @@ here; the global random state is never read or changed.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import weakref
 
 import torch
 from torch import Tensor
+
+from sigreg_lib._names import nearest
 
 
 def gaussian(
@@ -122,7 +123,7 @@ class MatrixSource:
         seed: int = 0,
     ) -> None:
         if kind not in KINDS:
-            near = difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0)[0]
+            near = nearest(kind, KINDS)
             raise ValueError(f"unknown kind of sketch {kind!r}; did you mean {near!r}?")
         if isinstance(n_columns, bool) or not isinstance(n_columns, int) or n_columns < 1:
             raise ValueError(f"the number of columns must be a positive int, not {n_columns!r}")

@@ -36,6 +36,22 @@ def test_run_trains_prints_a_line_an_epoch_and_writes_the_record(tmp_path, capsy
     assert f"test {record.last['test_accuracy']:.2f}%" in lines[1]
 
 
+def test_run_evaluates_as_often_as_asked(tmp_path):
+    command = ["run", "digits/none", *SMALL, "--evaluate-every", "2", *folders(tmp_path)]
+    assert main(command) == 0
+    (path,) = (tmp_path / "r").rglob("*.json")
+    assert [a is None for a in records.read(path).history["test_accuracy"]] == [True, False]
+
+
+def test_a_batched_sweep_trains_all_seeds_of_a_recipe_at_once(tmp_path, capsys):
+    command = ["sweep", "digits/none", "digits/weak", "--seeds", "4", "2", *SMALL, "--batched"]
+    assert main([*command, *folders(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    found = [record for _, record in records.select(tmp_path / "r")]
+    assert [r.seed for r in found] == [2, 4, 2, 4]
+    assert all(r.provenance["batched"] == [4, 2] for r in found)
+
+
 def test_sweep_prints_a_line_a_run(tmp_path, capsys):
     command = ["sweep", "digits/none", "digits/weak", "--seeds", "0", "1", *SMALL]
     assert main([*command, *folders(tmp_path)]) == 0
@@ -57,6 +73,10 @@ def test_sweep_prints_a_line_a_run(tmp_path, capsys):
         (["show", "nothing"], "did you mean"),
         (["sweep", "mlp/none", "--seeds", "0", "0"], "given twice"),
         (["sweep", "mlp/none", "--epochs", "500"], "epochs must lie in 1..400"),
+        (["sweep", "vit/none", "--batched"], "vit/none cannot be trained batched"),
+        (["sweep", "mlp/none", "--batched", "--compile"], "batched steps are not compiled"),
+        (["sweep", "mlp/none", "--device", "cpu", "--capture"], "capture=True records a CUDA"),
+        (["run", "mlp/none", "--device", "cpu", "--capture"], "capture=True records a CUDA"),
         (["sweep", "mlp/none", "--data", "/no/such/folder"], "/no/such/folder"),
     ],
 )
@@ -67,7 +87,16 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, capsys, tmp
     assert message in error and error.count("\n") == 1 and error.startswith("sigreg: error: ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["run"], ["run", "vit/weak", "--epochs", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["run"],
+        ["run", "vit/weak", "--epochs", "x"],
+        ["run", "vit/weak", "--evaluate-every", "0"],
+    ],
+)
 def test_a_malformed_command_exits_with_two_and_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

@@ -269,7 +269,7 @@ def test_format_has_mean_interval_and_n():
     assert report.format_mean([97.4, 97.6], digits=2) == "97.50 ± 1.27 (n = 2)"
 
 
-@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf], [1.0, None]])
 def test_refuses_to_average_nothing_or_a_diverged_run(values):
     with pytest.raises(ValueError, match="one or more finite numbers"):
         report.mean_interval(values)
@@ -395,6 +395,19 @@ def test_a_plotted_mean_and_band_are_the_interval(log):
     heights = [y for x, y in band.get_paths()[0].vertices if x == 3]
     assert min(heights) == pytest.approx(back(mean - half))
     assert max(heights) == pytest.approx(back(mean + half))
+    plt.close(fig)
+
+
+def test_epochs_without_evaluation_are_not_drawn_and_gaps_in_some_runs_are_refused():
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots()
+    report.plot_mean(ax, [1, 2, 3], [[None, None], [2.0, 4.0], [5.0, 5.0]], "weak")
+    assert ax.lines[0].get_xydata().tolist() == [[2.0, 3.0], [3.0, 5.0]]
+    with pytest.raises(ValueError, match="one or more finite numbers"):
+        report.plot_mean(ax, [1], [[None, 2.0]], "weak", log=True)
+    with pytest.raises(ValueError, match="one or more finite numbers"):
+        report.plot_mean(ax, [1], [[]], "weak")
     plt.close(fig)
 
 

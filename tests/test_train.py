@@ -16,6 +16,7 @@ from sigreg_lib import records
 from sigreg_lib.data import ImageData, load
 from sigreg_lib.recipes import RECIPES
 from sigreg_lib.train import Run, Trainer, run, sweep, train
+from sigreg_lib.train.sweep import summary
 
 SMALL = {"depth": 2, "width": 32, "epochs": 3}
 TINY_VIT = {"depth": 2, "width": 32, "heads": 2, "precision": "float32", "epochs": 2}
@@ -213,7 +214,7 @@ def test_a_session_under_other_conditions_is_listed_in_the_provenance(tmp_path, 
     recipe = RECIPES["digits/none"].override(**SMALL)
     first = train(recipe, epochs=1, **options(tmp_path)).provenance
     assert "later" not in train(recipe, epochs=2, **options(tmp_path)).provenance
-    monkeypatch.setattr(run, "_code", lambda: {"commit": "f" * 40, "clean": False})
+    monkeypatch.setattr(run, "code", lambda: {"commit": "f" * 40, "clean": False})
     found = train(recipe, epochs=3, **options(tmp_path)).provenance
     assert found["commit"] == first["commit"] and found["start"] == first["start"]
     assert found["later"] == [{"from_epoch": 3, "commit": "f" * 40, "clean": False}] or (
@@ -230,10 +231,10 @@ def test_an_edited_package_is_not_called_clean(tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *command], check=True)
     monkeypatch.setattr(run, "PACKAGE", package)
-    assert run._code.__wrapped__()["clean"] is True
-    assert len(run._code.__wrapped__()["commit"]) == 40
+    assert run.code.__wrapped__()["clean"] is True
+    assert len(run.code.__wrapped__()["commit"]) == 40
     (package / "losses.py").write_text("x = 2\n")
-    assert run._code.__wrapped__()["clean"] is False
+    assert run.code.__wrapped__()["clean"] is False
 
 
 @pytest.mark.parametrize("resample", [True, False])
@@ -435,3 +436,64 @@ def test_layers_are_looked_at_often_at_first_and_then_every_tenth_epoch():
     looks = [epoch for epoch in range(1, 401) if run.looked_at(epoch)]
     assert looks[:12] == [*range(1, 11), 15, 20] and looks[-3:] == [380, 390, 400]
     assert len(looks) == 10 + 8 + 35
+
+
+@pytest.mark.parametrize("recipe", ["digits/weak", "vit/none"])
+def test_evaluating_less_often_trains_the_same_and_leaves_gaps(tmp_path, recipe):
+    digits = recipe.startswith("digits")
+    settings = SMALL if digits else TINY_VIT | {"batch_size": 40}
+    recipe = RECIPES[recipe].override(**settings | {"epochs": 7})
+    data = "digits" if digits else striped()
+    each = train(recipe, data=data, **options(tmp_path / "a"))
+    third = train(recipe, data=data, evaluate_every=3, **options(tmp_path / "b"))
+    a, b = (next((tmp_path / n / "c").rglob("*.pt")) for n in "ab")
+    assert weights(a) == weights(b)
+    for name in ("train_loss", "train_accuracy", "regularizer", "grad_norm"):
+        assert third.history[name] == each.history[name]
+    for name in ("test_loss", "test_accuracy", "effective_dim"):
+        expected = [v if e in (3, 6, 7) else None for e, v in enumerate(each.history[name], 1)]
+        assert third.history[name] == expected
+    assert third.layers["epoch"] == [3, 6, 7]
+    assert third.last["test_accuracy"] == each.last["test_accuracy"]
+    best = max(e for e in third.history["test_accuracy"] if e is not None)
+    assert third.best_test["test_accuracy"] == best and third.best_test["epoch"] in (3, 6, 7)
+    assert records.read(next((tmp_path / "b" / "r").rglob("*.json"))) == third
+
+
+def test_a_run_stopped_between_evaluations_tests_its_last_epoch(tmp_path):
+    recipe = RECIPES["digits/none"].override(**SMALL)
+    first = train(recipe, epochs=2, evaluate_every=5, **options(tmp_path))
+    assert [a is None for a in first.history["test_accuracy"]] == [True, False]
+    found = train(recipe, epochs=3, evaluate_every=5, **options(tmp_path))
+    assert [a is None for a in found.history["test_accuracy"]] == [True, False, False]
+
+
+def test_a_run_that_diverges_between_evaluations_is_tested_and_ends(tmp_path):
+    recipe = RECIPES["mlp/none"].override(
+        depth=2, width=32, lr=1e30, clip_norm=None, precision="float32", batch_size=32
+    )
+    record = train(recipe, data=striped(), evaluate_every=100, **options(tmp_path))
+    often = train(recipe, data=striped(), **options(tmp_path / "often"))
+    assert record.status == "diverged" and record.epochs == often.epochs
+    assert record.last["test_accuracy"] == often.last["test_accuracy"] is not None
+
+
+def test_the_lines_of_a_run_and_of_a_sweep_cope_with_epochs_that_were_not_tested(tmp_path, capsys):
+    recipe = RECIPES["digits/weak"].override(**SMALL)
+    shown = options(tmp_path) | {"quiet": False}
+    record = train(recipe, evaluate_every=2, **shown)
+    lines = capsys.readouterr().out.splitlines()
+    assert ["test " in line for line in lines] == [False, True, True]
+    assert ["effective dim " in line for line in lines] == [False, True, True]
+    assert all("loss " in line and "R " in line for line in lines)
+    for name in ("test_loss", "test_accuracy", "effective_dim"):
+        record.history[name] = [None] * 3  # as if killed before the first evaluation
+    assert "test -% (best -% at -), effective dim -" in summary(record)
+
+
+def test_evaluation_is_scheduled_by_a_positive_integer(tmp_path):
+    for value in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="evaluate_every must be an integer >= 1"):
+            train(RECIPES["digits/none"], evaluate_every=value, **options(tmp_path))
+        with pytest.raises(ValueError, match="evaluate_every must be an integer >= 1"):
+            sweep([Run("digits/none")], evaluate_every=value, **options(tmp_path))

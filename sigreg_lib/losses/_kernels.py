@@ -149,8 +149,14 @@ def _grid_values(t_max: float, points: int) -> np.ndarray:
 
 def _grid(t_max: float, points: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Positive points t, exp(-t^2/2), and trapezoid weight times exp(-t^2/2), doubled."""
-    values = _grid_values(float(t_max), points)
-    return tuple(torch.tensor(values, dtype=like.dtype, device=like.device))
+    if like.device.type == "cpu":
+        return tuple(torch.tensor(_grid_values(float(t_max), points), dtype=like.dtype))
+    # elsewhere computed there: a copy from the host would wait, and cannot be captured in a graph
+    j = torch.arange(1, points + 1, dtype=like.dtype, device=like.device)
+    t = j * (t_max / points)
+    gauss = torch.exp(-t.square() / 2)
+    weight = 2 * (t_max / points) * gauss * torch.where(j == points, 0.5, 1.0).to(like.dtype)
+    return t, gauss, weight
 
 
 def _project(z: Tensor, directions: Tensor, dt: float) -> Tensor:

@@ -1,11 +1,13 @@
 """One step, one epoch, one evaluation.
 
 Data and augmentation live on the device, draws depend on (seed, epoch, step) alone, statistics are
-float32, and nothing waits for the device inside an epoch.
+float32, and nothing waits for the device inside an epoch. On CUDA whole steps are replayed from a
+graph, see :mod:`sigreg_lib.train.capture`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from sigreg_lib.losses import combine, strong_values, weak_values
 from sigreg_lib.models import build_model, redraw_drop_path
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.sketch import directions, gaussian
+from sigreg_lib.train.capture import CapturedStep, Graph
 
 AUGMENT_AT_ONCE = 4096  # images; large groups share an operation's overhead
 EVALUATE_AT_ONCE = 500
@@ -36,10 +39,19 @@ class Trainer:
         recipe: all settings.
         data: images and labels, already on the device to train on.
         seed: of weights, order, augmentation, sketches and drop path.
-        compile: compile the step and the evaluation with ``torch.compile``.
+        compile: compile the objective and the evaluation with ``torch.compile``.
+        capture: record whole steps with this graph (``CudaGraph``) and replay them.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageData, *, seed: int, compile: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ImageData,
+        *,
+        seed: int,
+        compile: bool,
+        capture: type[Graph] | None = None,
+    ) -> None:
         self.recipe, self.data, self.seed = recipe, data, seed
         self.device = data.train_images.device
         shape = (data.channels, data.size, data.size)
@@ -48,9 +60,7 @@ class Trainer:
         )
         self.model = model.to(self.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        fused = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": True}
-        make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
-        self.optimizer = make(self.parameters, **fused)
+        self.optimizer = build_optimizer(recipe, self.parameters, on_device=capture is not None)
         self.policy = recipe.policy(data.size)
         mean, std = recipe.mean or data.mean, recipe.std or data.std
         if len(mean) != data.channels:
@@ -77,6 +87,9 @@ class Trainer:
         widths = {z.shape[-1] for z in self._look(data.train_images[:2])[1]}
         self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
         self.step = torch.compile(self._loss, dynamic=False) if compile else self._loss
+        self.whole_step = partial(self._step, self.step)
+        if capture is not None:
+            self.whole_step = CapturedStep(self.whole_step, self.optimizer, capture(self.device))
         self.predict = torch.compile(self._logits, dynamic=False) if compile else self._logits
 
     # -------------------------------------------------------------- one step
@@ -87,7 +100,8 @@ class Trainer:
             x = mix(x, m)
         reduced = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=reduced):
-            return self.model(x).float()
+            logits = self.model(x)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _loss(
         self, images: Tensor, labels: Tensor, m: Mix | None, matrices: dict[int, Tensor | None]
@@ -122,34 +136,76 @@ class Trainer:
         self.optimizer.step()
         return norm
 
+    def _step(self, objective, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """All of a step that is captured; returns statistics and the gradient's norm."""
+        loss, stats = objective(*inputs)
+        return stats, self._update(loss)
+
+    def _draw(self, n: int, epoch: int, step: int) -> tuple[Mix | None, dict[int, Tensor | None]]:
+        """Mixing and random matrices of a step of n images; drop path is drawn into the model."""
+        m = draw_mix(self.policy, n, self.data.size, seed=self.seed, epoch=epoch, step=step)
+        redraw_drop_path(self.model, n, self.generator)
+        matrices = {}
+        if self.regularizer is not None:  # drawn here: a compiled step holds no generator
+            matrices = {c: self.regularizer.matrix(z) for c, z in self.like.items()}
+        return m if m is None else m.to(self.device), matrices
+
+    def forward(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Objective and statistics of one step, as :meth:`_loss` gives them; updates nothing."""
+        m, matrices = self._draw(len(y), epoch, step)
+        # the short last batch would be compiled for itself
+        objective = self.step if len(y) == self.recipe.batch_size else self._loss
+        return objective(x, y, m, matrices)
+
+    def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """One step; what it returns is overwritten by the next where steps are captured."""
+        if len(y) == self.recipe.batch_size:
+            return self.whole_step(x, y, *self._draw(len(y), epoch, step))
+        return self._step(self._loss, x, y, *self._draw(len(y), epoch, step))
+
     # -------------------------------------------------------------- one epoch
 
-    def train_epoch(self, epoch: int, progress=lambda steps: steps) -> dict[str, Any]:
-        """Train on every image once; ``epoch`` counts from 0. Values are means over samples."""
-        recipe, data = self.recipe, self.data
+    def begin_epoch(self, epoch: int) -> tuple[Tensor, ...]:
+        """Set the learning rate and start the epoch's draws; the images of each step."""
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(epoch)
-        count = len(data.train_images)
+        set_learning_rate(self.optimizer, self.recipe.learning_rate(epoch))
         # streams apart from each other, from the weights' and from the augmentation's
         stream, own = (
             np.random.SeedSequence((self.seed, epoch), spawn_key=(key,))
             for key in (ORDER_STREAM, SKETCH_STREAM)
         )
         self.generator.manual_seed(int(own.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        count = len(self.data.train_images)
         order = torch.from_numpy(np.random.default_rng(stream).permutation(count))
-        order = order.to(self.device, non_blocking=True)
-        batches = order.split(recipe.batch_size)
-        at_once = max(1, AUGMENT_AT_ONCE // recipe.batch_size)
+        if self.device.type == "cuda":  # it copies from pinned memory only without waiting
+            order = order.pin_memory()
+        return order.to(self.device, non_blocking=True).split(self.recipe.batch_size)
+
+    def train_epoch(self, epoch: int, progress=lambda steps: steps) -> dict[str, Any]:
+        """Train on every image once; ``epoch`` counts from 0. Values are means over samples."""
+        return self.read(self.run_steps(epoch, progress))
+
+    def run_steps(self, epoch: int, progress=lambda steps: steps) -> Tensor:
+        """All steps of an epoch, none of them waited for.
+
+        Returns:
+            means over samples of a step's statistics and, last, the sum of the gradients' norms.
+        """
+        batches = self.begin_epoch(epoch)
+        at_once = max(1, AUGMENT_AT_ONCE // self.recipe.batch_size)
         totals, norms = 0.0, 0.0
         for step in progress(range(len(batches))):
             if step % at_once == 0:
                 images = self._augmented(batches[step : step + at_once], epoch, step)
             batch, x = batches[step], images[step % at_once]
-            stats, norm = self._train_step(x, data.train_labels[batch], epoch, step)
+            stats, norm = self._train_step(x, self.data.train_labels[batch], epoch, step)
             totals = totals + stats * len(batch)
             norms = norms + norm
-        task, accuracy, objective, *r = (totals / count).tolist()  # the epoch's one wait
+        return torch.cat([totals / len(self.data.train_images), norms[None]])
+
+    def read(self, totals: Tensor) -> dict[str, Any]:
+        """What :meth:`run_steps` found, as numbers: the epoch's one wait for the device."""
+        task, accuracy, objective, *r, norms = totals.tolist()
         r = r if self.regularizer is not None else []
         return {
             "train_loss": task,
@@ -157,20 +213,8 @@ class Trainer:
             "objective": objective,
             "layers": r,
             "regularizer": sum(r) / len(r) if r else None,
-            "grad_norm": float(norms) / len(batches),
+            "grad_norm": norms / -(-len(self.data.train_images) // self.recipe.batch_size),
         }
-
-    def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        n = len(y)
-        m = draw_mix(self.policy, n, self.data.size, seed=self.seed, epoch=epoch, step=step)
-        redraw_drop_path(self.model, n, self.generator)
-        matrices = {}
-        if self.regularizer is not None:  # drawn here: a compiled step holds no generator
-            matrices = {c: self.regularizer.matrix(z) for c, z in self.like.items()}
-        whole = n == self.recipe.batch_size  # the short last batch would be compiled for itself
-        run = self.step if whole else self._loss
-        loss, stats = run(x, y, m if m is None else m.to(self.device), matrices)
-        return stats, self._update(loss)
 
     def _augmented(self, batches: tuple[Tensor, ...], epoch: int, first: int) -> tuple[Tensor, ...]:
         """Augmented images of several steps; each step's depend on (seed, epoch, step) alone."""
@@ -268,7 +312,9 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state`."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if isinstance(self.whole_step, CapturedStep):
+            self.whole_step.forget()
 
     def floor(self) -> float | None:
         """Expected R of whitened Gaussian features, averaged over the tapped layers."""
@@ -278,3 +324,31 @@ class Trainer:
         n = self.recipe.batch_size * (len(features[0]) // 2)
         floors = [self.regularizer.floor(n, z.shape[-1]) for z in features]
         return sum(floors) / len(floors)
+
+
+def build_optimizer(
+    recipe: Recipe, parameters: list[Tensor], *, on_device: bool
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer; ``on_device`` puts its learning rate into a tensor there."""
+    lr: float | Tensor = recipe.lr
+    if on_device:
+        lr = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device)
+    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
+    return make(parameters, lr=lr, weight_decay=recipe.weight_decay, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """In place where it is a tensor: a captured step reads it there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over a state, but not where its learning rate lay: it may be of another device."""
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)

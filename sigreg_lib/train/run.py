@@ -8,9 +8,10 @@ import io
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from sigreg_lib import records
 from sigreg_lib.data import ImageData, load
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
+from sigreg_lib.train.capture import CudaGraph
 from sigreg_lib.train.loop import Trainer
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -41,6 +43,8 @@ def train(
     group: str | None = None,
     checkpoints: str | Path = ".checkpoints",
     compile: bool | None = None,
+    capture: bool | None = None,
+    evaluate_every: int = 1,
     download: bool = False,
     quiet: bool = False,
 ) -> Record:
@@ -61,6 +65,9 @@ def train(
         group: default the data set's name.
         checkpoints: folder of checkpoints, never to be committed.
         compile: default: for the vision transformers where an epoch has at least 100 steps.
+        capture: replay whole steps from a CUDA graph; default: on CUDA.
+        evaluate_every: test, and look at the layers, after every so many epochs and after the last
+            of the run; other epochs have None in those columns.
         download: let the data set be downloaded.
         quiet: print nothing.
 
@@ -71,12 +78,73 @@ def train(
     Raises:
         ValueError: a bad argument, or a checkpoint of other settings.
     """
-    stop, device = check(recipe, seed, epochs, device)
+    stop, device = check(recipe, seed, epochs, device, evaluate_every)
+    graph = graph_for(capture, device)
     if not isinstance(data, ImageData):
         data = load(data, download=download, holdout=recipe.holdout)
     data = data.to(device)
 
-    record = Record(
+    record = new_record(recipe, data, seed)
+    path = Path(results) / (group or data.name) / f"{record.name}.json"
+    checkpoint = Path(checkpoints) / (group or data.name) / f"{record.name}.pt"
+    say = speaker(quiet)
+    found = earlier(path, record)
+    if found is not None and (found.status == "diverged" or found.epochs >= stop):
+        say(f"{record.name}: already there, {found.status} at epoch {found.epochs} ({path})")
+        return found
+    if found is not None and found.provenance.get("batched") and not checkpoint.exists():
+        seeds = " ".join(map(str, found.provenance["batched"]))
+        raise ValueError(f"{path} was trained batched: go on with seeds {seeds}, batched")
+
+    steps = -(-len(data.train_images) // recipe.batch_size)
+    if compile is None:
+        compile = recipe.model == "vit" and steps >= 100
+    trainer = Trainer(recipe, data, seed=seed, compile=compile, capture=graph)
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        record = resumed(saved["record"], record, checkpoint)
+        trainer.load_state(saved)
+        say(f"{record.name}: resuming after epoch {record.epochs}")
+    floor = trainer.floor()
+    note_session(record, provenance(trainer, compile, graph))
+    while record.epochs < stop and record.status == "partial":
+        epoch = record.epochs + 1
+        start = time.perf_counter()
+        with progress_bar(quiet, f"{record.name} epoch {epoch}/{stop}") as progress:
+            trained = trainer.train_epoch(epoch - 1, progress)
+        outcome = conclude(trainer, trained, epoch, every=evaluate_every, last=epoch == stop)
+        append(record, outcome, floor, time.perf_counter() - start)
+        save(checkpoint, trainer.state() | {"record": record.to_json()})
+        record.write(path)
+        say(line(record, stop))
+    record.write(path)
+    return record
+
+
+def check(
+    recipe: Recipe, seed: int, epochs: int | None, device: str, evaluate_every: int = 1
+) -> tuple[int, torch.device]:
+    """The epoch to stop after and the device; ValueError for what :func:`train` refuses."""
+    stop = recipe.epochs if epochs is None else epochs
+    if not 1 <= stop <= recipe.epochs:
+        raise ValueError(f"epochs must lie in 1..{recipe.epochs}, the schedule, not {epochs!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be an integer in [0, 2^31), not {seed!r}")
+    if not isinstance(evaluate_every, int) or evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be an integer >= 1, not {evaluate_every!r}")
+    return stop, _device(device)
+
+
+def graph_for(capture: bool | None, device: torch.device) -> type[CudaGraph] | None:
+    """What records steps on the device; None where they run as they are."""
+    if capture and device.type != "cuda":
+        raise ValueError(f"capture=True records a CUDA graph, but the device is {device.type}")
+    return CudaGraph if capture or (capture is None and device.type == "cuda") else None
+
+
+def new_record(recipe: Recipe, data: ImageData, seed: int) -> Record:
+    """The record of a run that has not begun."""
+    return Record(
         recipe=recipe.name,
         overrides=recipe.differences(),
         config=recipe.as_dict(),
@@ -84,90 +152,83 @@ def train(
         dataset=data.name,
         epochs_planned=recipe.epochs,
     )
-    path = Path(results) / (group or data.name) / f"{record.name}.json"
-    checkpoint = Path(checkpoints) / (group or data.name) / f"{record.name}.pt"
-    say = _silent if quiet else _say
-    if path.exists():
-        found = records.read(path)
-        if (found.config, found.dataset) != (record.config, record.dataset):
-            raise ValueError(f"{path} is of other settings or data ({found.dataset}): use a group")
-        if found.status == "diverged" or found.epochs >= stop:
-            say(f"{record.name}: already there, {found.status} at epoch {found.epochs} ({path})")
-            return found
-
-    steps = -(-len(data.train_images) // recipe.batch_size)
-    if compile is None:
-        compile = recipe.model == "vit" and steps >= 100
-    trainer = Trainer(recipe, data, seed=seed, compile=compile)
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        before = Record.from_json(saved["record"])
-        if (before.config, before.dataset) != (record.config, record.dataset):
-            raise ValueError(f"{checkpoint} is of a run with other settings: move it away")
-        trainer.load_state(saved)
-        record = before
-        say(f"{record.name}: resuming after epoch {record.epochs}")
-    floor = trainer.floor()
-    _note_session(record, _provenance(trainer, compile))
-    while record.epochs < stop and record.status == "partial":
-        epoch = record.epochs
-        start = time.perf_counter()
-        with _progress(quiet, f"{record.name} epoch {epoch + 1}/{stop}") as progress:
-            trained = trainer.train_epoch(epoch, progress)
-        tested = trainer.evaluate()
-        _append(record, trainer, trained, tested, floor, start, last=epoch + 1 == stop)
-        state = trainer.state() | {"record": record.to_json()}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        records.write_atomically(checkpoint, buffer.getbuffer())
-        record.write(path)
-        say(_line(record, stop))
-    record.write(path)
-    return record
 
 
-def check(recipe: Recipe, seed: int, epochs: int | None, device: str) -> tuple[int, torch.device]:
-    """The epoch to stop after and the device; ValueError for what :func:`train` refuses."""
-    stop = recipe.epochs if epochs is None else epochs
-    if not 1 <= stop <= recipe.epochs:
-        raise ValueError(f"epochs must lie in 1..{recipe.epochs}, the schedule, not {epochs!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ValueError(f"seed must be an integer in [0, 2^31), not {seed!r}")
-    return stop, _device(device)
+def earlier(path: Path, record: Record) -> Record | None:
+    """The record that the run already has; ValueError if it is of another one."""
+    if not path.exists():
+        return None
+    found = records.read(path)
+    if (found.config, found.dataset) != (record.config, record.dataset):
+        raise ValueError(f"{path} is of other settings or data ({found.dataset}): use a group")
+    return found
 
 
-def _append(record: Record, trainer: Trainer, trained, tested, floor, start, last: bool) -> None:
-    """Add an epoch to the record; a loss or a feature that is not finite ends the run."""
-    epoch = record.epochs + 1
-    (tested, features) = tested
-    look = last or looked_at(epoch)
-    layers = None
-    if np.isfinite((trained["objective"], trained["grad_norm"], tested["test_loss"])).all():
-        layers = trainer.diagnose(features, look, last or epoch in SPECTRUM_EPOCHS)
-    diverged = layers is None
-    layers = layers or {"effective_dim": [None]}
+def resumed(text: str, record: Record, checkpoint: Path) -> Record:
+    """The record in a checkpoint; ValueError if it is of another run."""
+    before = Record.from_json(text)
+    if (before.config, before.dataset, before.seed) != (
+        record.config,
+        record.dataset,
+        record.seed,
+    ):
+        raise ValueError(f"{checkpoint} is of a run with other settings: move it away")
+    return before
+
+
+def save(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint in one piece."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    records.write_atomically(checkpoint, buffer.getbuffer())
+
+
+class Outcome(NamedTuple):
+    """What an epoch adds to a record: history entry, row of layers if looked at, end of the run."""
+
+    entry: dict[str, Any]
+    names: list[str]
+    layers: dict[str, list] | None
+    diverged: bool
+
+
+def conclude(
+    trainer: Trainer, trained: dict[str, Any], epoch: int, *, every: int, last: bool
+) -> Outcome:
+    """Test and look at the layers where it is due; what is not finite ends the run."""
+    fine = bool(np.isfinite((trained["objective"], trained["grad_norm"])).all())
+    tested: dict[str, Any] = {"test_loss": None, "test_accuracy": None}
+    layers, look = {"effective_dim": [None]}, False
+    if last or epoch % every == 0 or not fine:
+        tested, features = trainer.evaluate()
+        look, found = last or looked_at(epoch), None
+        if fine and np.isfinite(tested["test_loss"]):
+            found = trainer.diagnose(features, look, last or epoch in SPECTRUM_EPOCHS)
+        fine, layers = found is not None, found or layers
     entry = {
         "epoch": epoch,
-        "regularizer_floor": floor,
         "effective_dim": layers["effective_dim"][-1],
-        "seconds": time.perf_counter() - start,
         **{k: v for k, v in (trained | tested).items() if k in records.HISTORY},
     }
+    row = {"epoch": epoch, "regularizer": trained["layers"], "spectrum": None} | layers
+    return Outcome(entry, list(trainer.handle.names), row if look and fine else None, not fine)
+
+
+def append(record: Record, outcome: Outcome, floor: float | None, seconds: float) -> None:
+    """Add an epoch to the record."""
+    entry = outcome.entry | {"regularizer_floor": floor, "seconds": seconds}
     for name in records.HISTORY:
         record.history[name].append(records.round_floats(entry[name]))
-    record.layers.setdefault("names", list(trainer.handle.names))
-    if look and not diverged:
-        row = {"epoch": epoch, "regularizer": trained["layers"], "spectrum": None} | layers
-        for name, values in row.items():
-            if values != []:
-                record.layers.setdefault(name, []).append(records.round_floats(values, 4))
-    if diverged:
+    record.layers.setdefault("names", outcome.names)
+    for name, values in (outcome.layers or {}).items():
+        if values != []:
+            record.layers.setdefault(name, []).append(records.round_floats(values, 4))
+    if outcome.diverged:
         record.status = "diverged"
-    elif epoch == record.epochs_planned:
+    elif record.epochs == record.epochs_planned:
         record.status = "finished"
     record.provenance["end"] = _now()
-    spent = record.provenance["wall_seconds"] + time.perf_counter() - start
-    record.provenance["wall_seconds"] = round(spent, 3)
+    record.provenance["wall_seconds"] = round(record.provenance["wall_seconds"] + seconds, 3)
 
 
 def _device(name: str) -> torch.device:
@@ -196,27 +257,30 @@ def _git(*arguments: str) -> str | None:
 
 
 @functools.cache
-def _code() -> dict[str, Any]:
+def code() -> dict[str, Any]:
     """Commit of the package, and whether it is unchanged; asked once, near the import."""
     changes = _git("status", "--porcelain", "--", ".")
     return {"commit": _git("rev-parse", "HEAD"), "clean": None if changes is None else not changes}
 
 
-def _provenance(trainer: Trainer, compile: bool) -> dict[str, Any]:
+def provenance(trainer: Trainer, compile: bool, graph: type | None) -> dict[str, Any]:
+    """What a run ran under."""
     device = trainer.device
+    cuda = {"captured": graph is not None} if device.type == "cuda" else {}
     return {
-        **_code(),
+        **code(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": trainer.recipe.precision,
         "compiled": compile,
+        **cuda,
         "mean": [round(v, 6) for v in trainer.normalization[0]],
         "std": [round(v, 6) for v in trainer.normalization[1]],
     }
 
 
-def _note_session(record: Record, now: dict[str, Any]) -> None:
+def note_session(record: Record, now: dict[str, Any]) -> None:
     """The first session's provenance stands; a later one that differs is listed in ``later``."""
     if not record.provenance:
         record.provenance = now | {"start": _now(), "end": _now(), "wall_seconds": 0.0}
@@ -231,7 +295,10 @@ def _note_session(record: Record, now: dict[str, Any]) -> None:
         )
 
 
-def _processor() -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):  # not on every system
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -239,27 +306,28 @@ def _processor() -> str:
     return "cpu"
 
 
-def _line(record: Record, stop: int) -> str:
+def line(record: Record, stop: int) -> str:
+    """The last epoch in one line; what was not measured is left out."""
     last = record.last
-    r = "" if last["regularizer"] is None else f"  R {last['regularizer']:.3g}"
-    number = {k: float("nan") if v is None else v for k, v in last.items() if k != "regularizer"}
-    return (
-        f"{record.name} epoch {number['epoch']}/{stop}  loss {number['train_loss']:.3f}{r}  "
-        f"test {number['test_accuracy']:.2f}%  effective dim {number['effective_dim']:.1f}  "
-        f"{number['seconds']:.1f} s" + ("  DIVERGED" if record.status == "diverged" else "")
-    )
+    parts = [f"{record.name} epoch {last['epoch']}/{stop}"]
+    parts.append(f"loss {float('nan') if last['train_loss'] is None else last['train_loss']:.3f}")
+    if last["regularizer"] is not None:
+        parts.append(f"R {last['regularizer']:.3g}")
+    if last["test_accuracy"] is not None:
+        parts.append(f"test {last['test_accuracy']:.2f}%")
+    if last["effective_dim"] is not None:
+        parts.append(f"effective dim {last['effective_dim']:.1f}")
+    parts.append(f"{last['seconds']:.1f} s")
+    return "  ".join(parts + ["DIVERGED"] * (record.status == "diverged"))
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """What prints a line, at once; or nothing."""
+    return (lambda text: None) if quiet else functools.partial(print, flush=True)
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool, label: str):
+def progress_bar(quiet: bool, label: str):
     """A bar on a terminal (if tqdm is installed); elsewhere the plain line an epoch is enough."""
     if quiet or not sys.stderr.isatty():
         yield lambda steps: steps

@@ -15,7 +15,8 @@ import torch
 from sigreg_lib.data import ImageData, load
 from sigreg_lib.recipes import Recipe, find
 from sigreg_lib.records import Record, run_name
-from sigreg_lib.train.run import check, train
+from sigreg_lib.train.ensemble import check_batched, train_seeds
+from sigreg_lib.train.run import check, graph_for, train
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def sweep(
     *,
     workers: int = 1,
     threads: int | None = None,
-    verbose: bool = True,
+    batched: bool = False,
     **options: Any,
 ) -> list[Record]:
     """Do every run and print one summary line for each as it ends.
@@ -50,14 +51,16 @@ def sweep(
         runs: what to do; all are checked before the first starts.
         workers: processes at a time; 1 runs them here, one after the other.
         threads: of each worker; default: the cores shared out evenly.
-        verbose: print the summary lines; failures are printed in any case.
+        batched: train runs that differ in the seed alone at once, see
+            :func:`~sigreg_lib.train.train_seeds`.
         options: for :func:`~sigreg_lib.train.train` (data, epochs, results, ...).
 
     Returns:
         the records, in the order of ``runs``.
 
     Raises:
-        ValueError: an unknown recipe or setting, two runs of one name, or a bad worker count.
+        ValueError: an unknown recipe or setting, two runs of one name, a bad worker count, or a
+            recipe that cannot be trained batched.
         RuntimeError: a run failed; raised after all others have ended, naming each failure.
     """
     runs = list(runs)
@@ -69,7 +72,11 @@ def sweep(
         raise ValueError(f"runs given twice: {', '.join(twice)}")
     options = {"quiet": True, **options}
     for run in runs:  # bad input stops the sweep before its first run
-        check(run.resolve(), run.seed, options.get("epochs"), options.get("device", "auto"))
+        asked = options.get("epochs"), options.get("device", "auto")
+        _, device = check(run.resolve(), run.seed, *asked, options.get("evaluate_every", 1))
+        graph_for(options.get("capture"), device)
+        if batched:
+            check_batched(run.resolve(), options.get("compile"))
     holdouts = {run.resolve().holdout for run in runs}
     if not isinstance(options.get("data", "digits"), ImageData):
         download = options.get("download", False)
@@ -78,26 +85,29 @@ def sweep(
         ]
         if workers == 1 and len(loaded) == 1:
             options["data"] = loaded[0]
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.resolve() if batched else run.name, []).append(run)
     records: dict[str, Record] = {}
     failures: list[str] = []
 
-    def ended(run: Run, outcome: Record | str) -> None:
+    def ended(group: list[Run], outcome: list[Record] | str) -> None:
         if isinstance(outcome, str):
-            failures.append(run.name)
-            print(f"{run.name}: FAILED\n{outcome}", flush=True)
-        else:
-            records[run.name] = outcome
-        if verbose and run.name in records:
-            print(f"[{len(records)}/{len(runs)}] {summary(outcome)}", flush=True)
+            failures.extend(run.name for run in group)
+            print(f"{', '.join(run.name for run in group)}: FAILED\n{outcome}", flush=True)
+            return
+        for run, record in zip(group, outcome, strict=True):
+            records[run.name] = record
+            print(f"[{len(records)}/{len(runs)}] {summary(record)}", flush=True)
 
     if workers == 1:
-        for run in runs:
-            ended(run, _do(run, threads, options))
+        for group in groups.values():
+            ended(group, _do(group, threads, batched, options))
     else:
         threads = threads or max(1, (os.cpu_count() or 1) // workers)
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        with ProcessPoolExecutor(min(workers, len(runs)) or 1, mp_context=context) as pool:
-            futures = {pool.submit(_do, run, threads, options): run for run in runs}
+        with ProcessPoolExecutor(min(workers, len(groups)) or 1, mp_context=context) as pool:
+            futures = {pool.submit(_do, g, threads, batched, options): g for g in groups.values()}
             for future in as_completed(futures):
                 ended(futures[future], future.result())
     if failures:
@@ -106,25 +116,33 @@ def sweep(
 
 
 def summary(record: Record) -> str:
-    """One line: name, status, epochs, last and best test accuracy, time."""
-    last, best = record.last, record.best_test
-    dimension = last["effective_dim"]
+    """One line: name, status, epochs, last and best test accuracy, time; - for what is missing."""
+
+    def text(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    last = record.last
+    best = record.best_test or {"epoch": None, "test_accuracy": None}
     return (
         f"{record.name}: {record.status}, epoch {last['epoch']}/{record.epochs_planned}, "
-        f"test {last['test_accuracy']:.2f}% (best {best['test_accuracy']:.2f}% at "
-        f"{best['epoch']}), effective dim "
-        f"{'-' if dimension is None else format(dimension, '.1f')}, "
+        f"test {text(last['test_accuracy'], '.2f')}% (best {text(best['test_accuracy'], '.2f')}% "
+        f"at {text(best['epoch'], 'd')}), effective dim {text(last['effective_dim'], '.1f')}, "
         f"{record.provenance['wall_seconds']:.0f} s"
     )
 
 
-def _do(run: Run, threads: int | None, options: dict[str, Any]) -> Record | str:
+def _do(
+    group: list[Run], threads: int | None, batched: bool, options: dict[str, Any]
+) -> list[Record] | str:
     before = torch.get_num_threads()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        return train(run.resolve(), seed=run.seed, **options)
-    except Exception:  # reported with the run's name; the other runs go on
+        recipe, seeds = group[0].resolve(), [run.seed for run in group]
+        if batched:
+            return train_seeds(recipe, seeds, **options)
+        return [train(recipe, seed=seeds[0], **options)]
+    except Exception:  # reported with the runs' names; the others go on
         return traceback.format_exc()
     finally:
         torch.set_num_threads(before)
