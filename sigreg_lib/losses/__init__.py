@@ -1,5 +1,15 @@
-"""Losses on batches of representations: Weak and Strong SIGReg."""
+"""Losses on batches of representations: Weak and Strong SIGReg, their neighbours, whitening."""
 
+from sigreg_lib.losses.neighbours import (
+    DeCov,
+    VCReg,
+    barlow_twins,
+    covariance_term,
+    decov,
+    invariance_term,
+    variance_term,
+    vicreg,
+)
 from sigreg_lib.losses.sigreg import (
     STRONG_GRIDS,
     SIGReg,
@@ -12,16 +22,36 @@ from sigreg_lib.losses.sigreg import (
     weak_sigreg,
     weak_values,
 )
+from sigreg_lib.losses.whitening import (
+    WHITENINGS,
+    batch_normalize,
+    iterative_whiten,
+    whiten,
+    whitening_penalty,
+)
 
 __all__ = [
     "STRONG_GRIDS",
+    "WHITENINGS",
+    "DeCov",
     "SIGReg",
+    "VCReg",
     "WeakSIGReg",
+    "barlow_twins",
+    "batch_normalize",
     "combine",
+    "covariance_term",
+    "decov",
+    "invariance_term",
+    "iterative_whiten",
     "strong_floor",
     "strong_sigreg",
     "strong_values",
+    "variance_term",
+    "vicreg",
     "weak_floor",
     "weak_sigreg",
     "weak_values",
+    "whiten",
+    "whitening_penalty",
 ]
