@@ -6,9 +6,11 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
+from sigreg_lib import bench, records
 from sigreg_lib.recipes import RECIPES, find, parse_override
 from sigreg_lib.train import Run, sweep, train
 
@@ -46,7 +48,8 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     overrides = dict(map(parse_override, options.set))
     runs = [Run(recipe, seed, overrides) for recipe in options.recipes for seed in options.seeds]
-    found = sweep(runs, workers=options.workers, threads=options.threads, **_train_options(options))
+    how = {"workers": options.workers, "threads": options.threads, "batched": options.batched}
+    found = sweep(runs, **how, **_train_options(options))
     return 1 if any(record.status == "diverged" for record in found) else 0
 
 
@@ -68,8 +71,20 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    parts = tuple(options.parts) or bench.PARTS[:3]
+    found = bench.run(parts, rounds=options.rounds, device=options.device)
+    print("\n".join(bench.table(found)))
+    records.write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    print(f"written to {options.json}")
+    return 0
+
+
 def _train_options(options: argparse.Namespace) -> dict:
     names = ("data", "epochs", "device", "results", "group", "checkpoints", "compile", "download")
+    names += ("capture", "evaluate_every")
     return {name: getattr(options, name) for name in names}
 
 
@@ -105,6 +120,19 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="torch.compile the step (default: for long runs of vision transformers)",
+    )
+    add(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="replay steps from a CUDA graph (default: on CUDA)",
+    )
+    add(
+        "--evaluate-every",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="test after every Nth epoch and the last (default: 1)",
     )
 
 
@@ -143,8 +171,32 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("recipes", nargs="+", help="such as mlp/none mlp/weak")
     many.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     many.add_argument("--workers", type=_positive, default=1, help="runs at a time (default: 1)")
+    many.add_argument(
+        "--batched", action="store_true", help="train all seeds of a recipe at once (mlp only)"
+    )
     _add_training(many)
     many.set_defaults(act=_sweep)
+
+    timing = commands.add_parser(
+        "bench",
+        help="time the losses and whole steps beside plain ones",
+        description="Time losses, whole steps and the parts of an epoch, ours beside plain "
+        "versions in the same process (minutes; leave the machine alone meanwhile). Ratios are "
+        "medians over rounds, with quartiles.",
+    )
+    timing.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"of {', '.join(bench.PARTS)} (default: all but the last)",
+    )
+    timing.add_argument("--rounds", type=_positive, help="(default: 15 for losses, 5 to 7 else)")
+    timing.add_argument("--threads", type=_positive, help="CPU threads")
+    timing.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    timing.add_argument(
+        "--json", type=Path, default=Path(".out/bench.json"), help="(default: %(default)s)"
+    )
+    timing.set_defaults(act=_bench)
 
     listing = commands.add_parser("list", help="list the recipes, a line each")
     listing.set_defaults(act=_list)

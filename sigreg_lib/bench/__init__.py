@@ -1,0 +1,131 @@
+"""Time and memory of the losses and of whole steps, ours beside plain ones.
+
+Comparisons alternate in one process, and what is quoted is the median over rounds of the ratio
+within a round, with its quartiles: on a shared machine both sides then meet the same disturbances.
+The plain versions live in ``tests/`` (``reference.py``, ``reference_step.py``), so that a
+comparison needs a checkout; they are float32, eager, one call a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from sigreg_lib.bench.losses import bench_loss, bench_losses, bench_scaling
+from sigreg_lib.bench.steps import FAMILIES, bench_epoch, bench_products, bench_steps
+from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
+from sigreg_lib.train.run import code, device_name
+
+__all__ = [
+    "PARTS",
+    "alternate",
+    "bench_epoch",
+    "bench_loss",
+    "bench_losses",
+    "bench_scaling",
+    "bench_steps",
+    "extra_memory",
+    "plain",
+    "ratio",
+    "run",
+    "table",
+]
+
+PARTS = ("losses", "steps", "epoch", "scaling")
+
+
+def run(
+    parts: tuple[str, ...] = PARTS, *, rounds: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """All the measurements of some parts, and where and when they were made.
+
+    Args:
+        parts: of ``losses``, ``steps``, ``epoch``, ``scaling``.
+        rounds: default 15 for losses, 7 for steps and scaling, 5 for epochs.
+        device: ``cpu`` or ``cuda``; there is no plain step on a GPU.
+
+    Raises:
+        ValueError: an unknown part, or fewer than one round.
+        FileNotFoundError: outside a checkout; see :func:`plain`.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"parts are of {', '.join(PARTS)}, not {part!r}")
+    options: dict[str, Any] = {"device": device}
+    if rounds is not None:
+        options["rounds"] = rounds
+    found: dict[str, Any] = {"schema": 1, "provenance": environment(device)}
+    if "losses" in parts:
+        found["losses"] = bench_losses(**options)
+    if "steps" in parts:
+        found["products"] = bench_products(**options)
+        found["steps"] = [bench_steps(family, **options) for family in FAMILIES]
+    if "epoch" in parts:
+        found["epoch"] = [bench_epoch(f"{family}/weak", **options) for family in FAMILIES]
+    if "scaling" in parts:
+        found["scaling"] = bench_scaling(**options)
+    return found
+
+
+def table(found: Mapping[str, Any]) -> list[str]:
+    """The lines of one table: what, plain and ours in milliseconds, ratio and its quartiles."""
+    rows = [("what", "plain ms", "ours ms", "ratio", "quartiles", "plain MB", "ours MB")]
+    for row in [*found.get("losses", ()), *found.get("scaling", ())]:
+        k = "" if row["k"] is None else f", K {row['k']}"
+        layers = f"{row['layers']} x " if row["layers"] > 1 else ""
+        size = f"{row['loss']}, {layers}N {row['n']}, C {row['c']}{k}"
+        rows.append((size, *_times(row["seconds"], row["bytes"], "plain", "ours", row["ratio"])))
+    for row in found.get("steps", ()):
+        for method in ("none", "weak", "strong"):
+            name = f"{row['family']} step, {method}"
+            of = row["ratio"][method] if "ratio" in row else None
+            columns = f"plain {method}", f"ours {method}"
+            rows.append((name, *_times(row["seconds"], row["bytes"], *columns, of)))
+        for method, added in row["added"].items():
+            share = [f"{100 * (added[key] - 1):+.1f}%" for key in ("median", "low", "high")]
+            name = f"{row['family']} step, {method} over none"
+            rows.append((name, "", "", share[0], f"{share[1]} {share[2]}", "", ""))
+    for row in found.get("products", ()):
+        for precision, speed in row["gflops"].items():
+            name = f"{row['family']} product {'x'.join(map(str, row['shape']))}, {precision}"
+            rows.append((name, "", "", f"{speed:.0f}", "1e9 operations/s", "", ""))
+    for row in found.get("epoch", ()):
+        for part, seconds in row["seconds"].items():
+            share = f"{100 * seconds / row['epoch']:.1f}%"
+            name = f"{row['recipe']} epoch, {part}"
+            rows.append((name, "", f"{1e3 * seconds:.0f}", share, "of the epoch", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+
+
+def _times(seconds, held, plain_name, ours_name, of) -> tuple[str, ...]:
+    def cells(values, scale, digits) -> list[str]:
+        return [
+            f"{scale * values[name]:.{digits}f}" if name in values else ""
+            for name in (plain_name, ours_name)
+        ]
+
+    quoted = (
+        ("", "") if of is None else (f"{of['median']:.2f}", f"{of['low']:.2f} {of['high']:.2f}")
+    )
+    return *cells(seconds, 1e3, 2), *quoted, *cells(held, 1e-6, 1)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a measurement depends on: code, versions, machine, threads."""
+    return {
+        **code(),
+        "torch": torch.__version__,
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,164 @@
+import itertools
+import json
+
+import pytest
+import torch
+from helpers import seeded
+from reference_step import PlainStep, plain_augmentation
+
+from sigreg_lib import bench
+from sigreg_lib.bench import timing
+from sigreg_lib.bench.losses import loss_functions
+from sigreg_lib.bench.steps import fake_images
+from sigreg_lib.recipes import RECIPES
+from sigreg_lib.train.loop import Trainer
+
+
+def test_functions_are_called_in_turn_and_timed_once_a_round(monkeypatch):
+    calls, clock = [], itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = bench.alternate(functions, rounds=3)
+    assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert calls == list("aabb" + "ab" * 3)  # twice each to warm up
+
+
+def test_a_short_call_is_repeated_within_a_round(monkeypatch):
+    calls, clock = [], itertools.count(step=0.001)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    times = bench.alternate({"a": lambda: calls.append(1)}, rounds=2, at_least=0.01)
+    assert len(calls) == 2 + 2 * 10
+    assert times["a"] == pytest.approx([1e-4] * 2)
+
+
+def test_no_round_is_refused():
+    with pytest.raises(ValueError, match="rounds must be at least 1, not 0"):
+        bench.alternate({"a": int}, rounds=0)
+
+
+def test_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round():
+    times = {"slow": [2.0, 40.0, 6.0, 9.0, 5.0], "fast": [1.0, 10.0, 2.0, 3.0, 5.0]}
+    assert bench.ratio(times, "slow", "fast") == {"median": 3.0, "low": 2.0, "high": 3.0}
+
+
+def test_extra_memory_is_the_peak_not_the_sum():
+    def call():
+        for _ in range(3):
+            a = torch.empty(1000, 1000)  # 4 MB, freed before the next
+            del a
+        b = torch.empty(500_000)
+        return torch.empty(250_000), b  # 3 MB together
+
+    assert bench.extra_memory(call) == pytest.approx(4e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("loss", "layers"), [("weak", 1), ("weak", 3), ("strong", 1), ("strong", 3)]
+)
+def test_what_is_compared_is_the_same_loss(loss, layers, monkeypatch):
+    found = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda value, z: found.append((value.item(), grad(value, z)))
+    )
+    functions = loss_functions(loss, 64, 32, 16, layers=layers)
+    functions["ours"]()
+    functions["plain"]()
+    (ours, (gradient,)), (plain, each) = found
+    assert ours == pytest.approx(plain, rel=1e-5)
+    gradient = gradient.view(layers, 64, 32)
+    torch.testing.assert_close(gradient, torch.stack(list(each)), rtol=1e-4, atol=1e-6)
+
+
+def test_memory_of_the_losses_grows_with_n_k_and_c_k_only():
+    def held(loss, n=512, c=256, k=32):
+        return bench.extra_memory(loss_functions(loss, n, c, k)["ours"])
+
+    # what any loss must hold: its gradient, N x C; beyond it a few arrays of N x K
+    for loss in ("weak", "strong"):
+        assert held(loss) < 4 * (512 * 256 + 10 * 512 * 32 + 256 * 32) + 1.2e6
+    wide = held("weak", n=64, c=8192)
+    assert wide < 4 * 2 * (64 * 8192 + 8192 * 32) < 8192**2 / 10  # no C x C
+
+
+def test_the_plain_step_holds_the_grid_of_strong_and_ours_does_not():
+    functions = loss_functions("strong", 8192, 64, 64)
+    assert bench.extra_memory(functions["plain"]) > 8 * bench.extra_memory(functions["ours"])
+
+
+@pytest.mark.parametrize("family", ["vit", "expert", "mlp"])
+def test_the_plain_model_gives_our_logits_and_objective(family):
+    data = fake_images(8, 8)
+    recipe = RECIPES[f"{family}/none"].override(batch_size=8, precision="float32", drop_path=0.0)
+    trainer = Trainer(recipe, data, seed=3, compile=False)
+    trainer.model.train()
+    plain = PlainStep(recipe, trainer.model.state_dict())
+    images, labels = data.train_images, data.train_labels
+    x = (images.float() - trainer.mean) / trainer.std
+    torch.testing.assert_close(plain.model(x), trainer._logits(images), rtol=1e-4, atol=1e-4)
+    loss, _ = trainer._loss(images, labels, None, {})
+    assert plain.loss(x, labels).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["expert", "mlp"])
+def test_a_plain_step_moves_the_weights_as_ours_does(family):
+    data = fake_images(8, 8)
+    recipe = RECIPES[f"{family}/none"].override(
+        batch_size=8, precision="float32", drop_path=0.0, mixup_alpha=0.0, cutmix_alpha=0.0
+    )
+    trainer = Trainer(recipe, data, seed=3, compile=False)
+    plain = PlainStep(recipe, trainer.model.state_dict())
+    trainer.model.train()
+    images, labels = data.train_images, data.train_labels
+    trainer._train_step(images, labels, 0, 0)
+    plain((images.float() - trainer.mean) / trainer.std, labels)
+    ours, theirs = (m.head.weight.detach() for m in (trainer.model, plain.model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_regularizer_of_a_plain_step_is_the_mean_over_layers():
+    recipe = RECIPES["mlp/weak"]
+    step = PlainStep(recipe)
+    with torch.no_grad():
+        step.model(torch.randn(256, 3, 32, 32, generator=seeded(1)))
+        for z in step.features:
+            z.copy_(torch.randn(z.shape, generator=seeded(2)))
+        value = step.regularizer().item()
+    from sigreg_lib import weak_floor
+
+    assert value == pytest.approx(weak_floor(256, 1024, 64), rel=0.02)
+
+
+def test_plain_augmentation_gives_normalised_images_of_the_same_size():
+    from PIL import Image
+
+    image = Image.fromarray(torch.full((32, 32, 3), 128, dtype=torch.uint8).numpy())
+    transform = plain_augmentation(RECIPES["mlp/none"], (0.5,) * 3, (0.25,) * 3)
+    x = transform(image)
+    assert x.shape == (3, 32, 32)
+    inside = x[:, 8:24, 8:24]  # no crop by at most 4 pixels reaches it
+    torch.testing.assert_close(inside, torch.full_like(inside, (128 / 255 - 0.5) / 0.25))
+
+
+def test_one_row_a_case_in_the_table_and_json_holds_it(tmp_path):
+    found = {"losses": [bench.bench_loss("weak", 32, 16, 8, rounds=2)]}
+    found["steps"] = [bench.bench_steps("mlp", rounds=1)]
+    found["epoch"] = [bench.bench_epoch("mlp/weak", rounds=1)]
+    lines = bench.table(json.loads(json.dumps(found)))
+    assert len(lines) == 1 + 1 + (3 + 2) + 6
+    assert lines[1].split()[:6] == ["weak,", "N", "32,", "C", "16,", "K"]
+    assert len({len(line) for line in lines}) == 1
+    epoch = found["epoch"][0]
+    parts = [v for name, v in epoch["seconds"].items() if name != "plain augmentation"]
+    assert sum(parts) == pytest.approx(epoch["epoch"])
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="losses, steps, epoch, scaling, not 'step'"):
+        bench.run(("step",))
+
+
+def test_outside_a_checkout_the_plain_versions_are_missed_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "TESTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="a checkout's tests/"):
+        bench.plain("reference")
