@@ -74,11 +74,13 @@ def _show(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    parts = tuple(options.parts) or bench.PARTS[:3]
+    parts = tuple(options.parts) or bench.PARTS
     found = bench.run(parts, rounds=options.rounds, device=options.device)
     print("\n".join(bench.table(found)))
-    records.write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
-    print(f"written to {options.json}")
+    before = json.loads(options.json.read_text()) if options.json.exists() else {}
+    content = json.dumps(before | found, indent=1) + "\n"
+    records.write_atomically(options.json, content.encode())
+    print(f"{', '.join(found)} written to {options.json}")
     return 0
 
 
@@ -182,13 +184,13 @@ def _parser() -> argparse.ArgumentParser:
         help="time the losses and whole steps beside plain ones",
         description="Time losses, whole steps and the parts of an epoch, ours beside plain "
         "versions in the same process (minutes; leave the machine alone meanwhile). Ratios are "
-        "medians over rounds, with quartiles.",
+        "medians over rounds, with quartiles. In the file, other parts are left as they are.",
     )
     timing.add_argument(
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"of {', '.join(bench.PARTS)} (default: all but the last)",
+        help=f"of {', '.join(bench.PARTS)} (default: all)",
     )
     timing.add_argument("--rounds", type=_positive, help="(default: 15 for losses, 5 to 7 else)")
     timing.add_argument("--threads", type=_positive, help="CPU threads")

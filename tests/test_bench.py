@@ -6,10 +6,11 @@ import torch
 from helpers import seeded
 from reference_step import PlainStep, plain_augmentation
 
-from sigreg_lib import bench
+from sigreg_lib import bench, weak_floor
+from sigreg_lib.__main__ import main
 from sigreg_lib.bench import timing
 from sigreg_lib.bench.losses import loss_functions
-from sigreg_lib.bench.steps import fake_images
+from sigreg_lib.bench.steps import count_operations, fake_images
 from sigreg_lib.recipes import RECIPES
 from sigreg_lib.train.loop import Trainer
 
@@ -124,8 +125,6 @@ def test_the_regularizer_of_a_plain_step_is_the_mean_over_layers():
         for z in step.features:
             z.copy_(torch.randn(z.shape, generator=seeded(2)))
         value = step.regularizer().item()
-    from sigreg_lib import weak_floor
-
     assert value == pytest.approx(weak_floor(256, 1024, 64), rel=0.02)
 
 
@@ -140,21 +139,41 @@ def test_plain_augmentation_gives_normalised_images_of_the_same_size():
     torch.testing.assert_close(inside, torch.full_like(inside, (128 / 255 - 0.5) / 0.25))
 
 
-def test_one_row_a_case_in_the_table_and_json_holds_it(tmp_path):
-    found = {"losses": [bench.bench_loss("weak", 32, 16, 8, rounds=2)]}
-    found["steps"] = [bench.bench_steps("mlp", rounds=1)]
-    found["epoch"] = [bench.bench_epoch("mlp/weak", rounds=1)]
+def test_one_row_a_case_in_the_table_and_json_holds_it():
+    found = {
+        "losses": bench.as_part([bench.bench_loss("weak", 32, 16, 8, rounds=2)], "cpu"),
+        "steps": bench.as_part([bench.bench_steps("mlp", rounds=1)], "cpu"),
+        "epoch": bench.as_part([bench.bench_epoch("mlp/weak", rounds=1)], "cpu"),
+    }
+    assert found["losses"]["provenance"]["threads"] == torch.get_num_threads()
     lines = bench.table(json.loads(json.dumps(found)))
     assert len(lines) == 1 + 1 + (3 + 2) + 6
     assert lines[1].split()[:6] == ["weak,", "N", "32,", "C", "16,", "K"]
     assert len({len(line) for line in lines}) == 1
-    epoch = found["epoch"][0]
+    epoch = found["epoch"]["rows"][0]
     parts = [v for name, v in epoch["seconds"].items() if name != "plain augmentation"]
     assert sum(parts) == pytest.approx(epoch["epoch"])
 
 
+def test_operations_of_a_step_are_those_of_its_layers():
+    # three products a linear map, but no gradient of the images
+    widths = [3072] + [1024] * 5 + [100]
+    maps = [a * b for a, b in itertools.pairwise(widths)]
+    assert count_operations("mlp") == 2 * 128 * (3 * sum(maps) - maps[0])
+
+
+def test_the_command_replaces_the_parts_it_measured_and_no_other(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    path.write_text('{"steps": "kept", "products": "old"}')
+    assert main(["bench", "products", "--rounds", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["steps"] == "kept"
+    assert [row["family"] for row in found["products"]["rows"]] == ["vit", "expert", "mlp"]
+    assert f"products written to {path}" in capsys.readouterr().out
+
+
 def test_an_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="losses, steps, epoch, scaling, not 'step'"):
+    with pytest.raises(ValueError, match="losses, scaling, products, steps, epoch, not 'step'"):
         bench.run(("step",))
 
 

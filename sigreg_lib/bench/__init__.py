@@ -22,9 +22,11 @@ from sigreg_lib.train.run import code, device_name
 __all__ = [
     "PARTS",
     "alternate",
+    "as_part",
     "bench_epoch",
     "bench_loss",
     "bench_losses",
+    "bench_products",
     "bench_scaling",
     "bench_steps",
     "extra_memory",
@@ -34,18 +36,22 @@ __all__ = [
     "table",
 ]
 
-PARTS = ("losses", "steps", "epoch", "scaling")
+PARTS = ("losses", "scaling", "products", "steps", "epoch")
 
 
 def run(
     parts: tuple[str, ...] = PARTS, *, rounds: int | None = None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """All the measurements of some parts, and where and when they were made.
+    """All the measurements of some parts.
 
     Args:
-        parts: of ``losses``, ``steps``, ``epoch``, ``scaling``.
-        rounds: default 15 for losses, 7 for steps and scaling, 5 for epochs.
+        parts: of ``losses``, ``scaling`` (against C and K), ``products`` (the machine's speed),
+            ``steps``, ``epoch``.
+        rounds: default 15 for losses, 7 for scaling, products and steps, 5 for epochs.
         device: ``cpu`` or ``cuda``; there is no plain step on a GPU.
+
+    Returns:
+        for each part its ``rows`` and the ``provenance``: code, versions, machine, threads, date.
 
     Raises:
         ValueError: an unknown part, or fewer than one round.
@@ -57,28 +63,45 @@ def run(
     options: dict[str, Any] = {"device": device}
     if rounds is not None:
         options["rounds"] = rounds
-    found: dict[str, Any] = {"schema": 1, "provenance": environment(device)}
-    if "losses" in parts:
-        found["losses"] = bench_losses(**options)
-    if "steps" in parts:
-        found["products"] = bench_products(**options)
-        found["steps"] = [bench_steps(family, **options) for family in FAMILIES]
-    if "epoch" in parts:
-        found["epoch"] = [bench_epoch(f"{family}/weak", **options) for family in FAMILIES]
-    if "scaling" in parts:
-        found["scaling"] = bench_scaling(**options)
-    return found
+    measure = {
+        "losses": lambda: bench_losses(**options),
+        "scaling": lambda: bench_scaling(**options),
+        "products": lambda: bench_products(**options),
+        "steps": lambda: [bench_steps(family, **options) for family in FAMILIES],
+        "epoch": lambda: [bench_epoch(f"{family}/weak", **options) for family in FAMILIES],
+    }
+    return {part: as_part(measure[part](), device) for part in parts}
+
+
+def as_part(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    """Rows with what their measurement depends on: code, versions, machine, threads."""
+    provenance = {
+        **code(),
+        "torch": torch.__version__,
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    return {"provenance": provenance, "rows": rows}
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
     """The lines of one table: what, plain and ours in milliseconds, ratio and its quartiles."""
+
+    def part(name: str) -> list[dict[str, Any]]:
+        return found[name]["rows"] if name in found else []
+
     rows = [("what", "plain ms", "ours ms", "ratio", "quartiles", "plain MB", "ours MB")]
-    for row in [*found.get("losses", ()), *found.get("scaling", ())]:
+    for row in [*part("losses"), *part("scaling")]:
         k = "" if row["k"] is None else f", K {row['k']}"
         layers = f"{row['layers']} x " if row["layers"] > 1 else ""
         size = f"{row['loss']}, {layers}N {row['n']}, C {row['c']}{k}"
         rows.append((size, *_times(row["seconds"], row["bytes"], "plain", "ours", row["ratio"])))
-    for row in found.get("steps", ()):
+    for row in part("products"):
+        for precision, speed in row["gflops"].items():
+            name = f"{row['family']} product {'x'.join(map(str, row['shape']))}, {precision}"
+            rows.append((name, "", "", f"{speed:.0f}", "1e9 operations/s", "", ""))
+    for row in part("steps"):
         for method in ("none", "weak", "strong"):
             name = f"{row['family']} step, {method}"
             of = row["ratio"][method] if "ratio" in row else None
@@ -88,14 +111,10 @@ def table(found: Mapping[str, Any]) -> list[str]:
             share = [f"{100 * (added[key] - 1):+.1f}%" for key in ("median", "low", "high")]
             name = f"{row['family']} step, {method} over none"
             rows.append((name, "", "", share[0], f"{share[1]} {share[2]}", "", ""))
-    for row in found.get("products", ()):
-        for precision, speed in row["gflops"].items():
-            name = f"{row['family']} product {'x'.join(map(str, row['shape']))}, {precision}"
-            rows.append((name, "", "", f"{speed:.0f}", "1e9 operations/s", "", ""))
-    for row in found.get("epoch", ()):
-        for part, seconds in row["seconds"].items():
+    for row in part("epoch"):
+        for name, seconds in row["seconds"].items():
             share = f"{100 * seconds / row['epoch']:.1f}%"
-            name = f"{row['recipe']} epoch, {part}"
+            name = f"{row['recipe']} epoch, {name}"
             rows.append((name, "", f"{1e3 * seconds:.0f}", share, "of the epoch", "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
@@ -118,14 +137,3 @@ def _times(seconds, held, plain_name, ours_name, of) -> tuple[str, ...]:
         ("", "") if of is None else (f"{of['median']:.2f}", f"{of['low']:.2f} {of['high']:.2f}")
     )
     return *cells(seconds, 1e3, 2), *quoted, *cells(held, 1e-6, 1)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What a measurement depends on: code, versions, machine, threads."""
-    return {
-        **code(),
-        "torch": torch.__version__,
-        "device": device_name(torch.device(device)),
-        "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }

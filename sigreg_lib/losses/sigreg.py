@@ -54,7 +54,7 @@ def weak_sigreg(
     Source: arXiv 2603.05924; unbiased trace of the squared covariance: Himeno and Yamada,
     J. Multivariate Anal. 130 (2014) 27-34.
     """
-    return weak_values(z, sketch, squared=squared, unbiased=unbiased).mean()
+    return _mean(weak_values(z, sketch, squared=squared, unbiased=unbiased))
 
 
 def weak_values(
@@ -110,7 +110,8 @@ def strong_sigreg(
 
     Source: LeJEPA, arXiv 2511.08544; grid: arXiv 2603.05924.
     """
-    return strong_values(z, directions, t_max=t_max, n_points=n_points, unbiased=unbiased).mean()
+    options = {"t_max": t_max, "n_points": n_points, "unbiased": unbiased}
+    return _mean(strong_values(z, directions, **options))
 
 
 def strong_values(
@@ -284,7 +285,7 @@ class WeakSIGReg(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Scalar loss of z, shape (..., N, C)."""
-        return self.values(z, self.matrix(z)).mean()
+        return _mean(self.values(z, self.matrix(z)))
 
     def extra_repr(self) -> str:
         s = self.source
@@ -351,7 +352,7 @@ class SIGReg(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Scalar loss of z, shape (..., N, C)."""
-        return self.values(z, self.matrix(z)).mean()
+        return _mean(self.values(z, self.matrix(z)))
 
     def extra_repr(self) -> str:
         s = self.source
@@ -359,6 +360,10 @@ class SIGReg(nn.Module):
             f"num_slices={s.n_columns}, t_max={self.t_max}, n_points={self.n_points}, "
             f"unbiased={self.unbiased}, resample={s.resample}"
         )
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if values.ndim else values  # two operations less for a single batch
 
 
 def _statistics_dtype(z: Tensor) -> Tensor:
