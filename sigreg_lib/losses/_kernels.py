@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sigreg_lib.distributed import process_count, sample_count, sum_over_processes
 
-_CHUNK = 1 << 13  # projections handled at once in Strong: 8 complex powers of them fit a core's L2
+_CHUNK = 1 << 13  # projections a thread handles at once: 8 complex powers of them fit a core's L2
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
@@ -195,7 +195,8 @@ def _rows_with_gradient(
     values = rows.new_empty(len(rows))
     on_cpu = rows.device.type == "cpu"
     share = max(1, n // process_count(gather))  # the same everywhere, as the sums must be
-    size = max(1, min(len(rows), _CHUNK // share)) if on_cpu else len(rows)
+    at_once = _CHUNK * torch.get_num_threads()
+    size = max(1, min(len(rows), at_once // share)) if on_cpu else len(rows)
     for start in range(0, len(rows), size):
         angle = rows[start : start + size]
         powers = _powers(angle, points)  # (points, rows, N)
