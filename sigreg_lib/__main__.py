@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PART",
         help=f"of {', '.join(bench.PARTS)} (default: all)",
     )
-    timing.add_argument("--rounds", type=_positive, help="(default: 15 for losses, 5 to 7 else)")
+    timing.add_argument("--rounds", type=_positive, help="(default: 5 to 31, by part)")
     timing.add_argument("--threads", type=_positive, help="CPU threads")
     timing.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     timing.add_argument(

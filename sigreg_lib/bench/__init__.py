@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sigreg_lib.bench.losses import bench_loss, bench_losses, bench_scaling
+from sigreg_lib.bench.losses import bench_cases, bench_losses, bench_scaling
 from sigreg_lib.bench.steps import FAMILIES, bench_epoch, bench_products, bench_steps
 from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
 from sigreg_lib.train.run import code, device_name
@@ -23,8 +23,8 @@ __all__ = [
     "PARTS",
     "alternate",
     "as_part",
+    "bench_cases",
     "bench_epoch",
-    "bench_loss",
     "bench_losses",
     "bench_products",
     "bench_scaling",
@@ -47,7 +47,7 @@ def run(
     Args:
         parts: of ``losses``, ``scaling`` (against C and K), ``products`` (the machine's speed),
             ``steps``, ``epoch``.
-        rounds: default 15 for losses, 7 for scaling, products and steps, 5 for epochs.
+        rounds: default 31 for losses, 15 for scaling, 7 for products and steps, 5 for epochs.
         device: ``cpu`` or ``cuda``; there is no plain step on a GPU.
 
     Returns:

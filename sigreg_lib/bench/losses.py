@@ -46,47 +46,56 @@ def loss_functions(
     return {"ours": ours, "plain": plainly}
 
 
-def bench_loss(
-    loss: str, n: int, c: int, k: int, *, layers: int = 1, rounds: int = 15, device: str = "cpu"
-) -> dict[str, Any]:
-    """Time and extra memory of one loss at one size, forward and backward."""
-    functions = loss_functions(loss, n, c, k, layers=layers, device=device)
-    times = alternate(functions, rounds=rounds)
-    return {
-        "loss": loss,
-        "n": n,
-        "c": c,
-        "k": None if loss == "covariance" else k,
-        "layers": layers,
-        "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "bytes": {name: extra_memory(f, device) for name, f in functions.items()},
-        "ratio": ratio(times, "plain", "ours"),
+Case = tuple[str, int, int, int, int]  # loss, N, C, K, layers
+
+
+def bench_cases(
+    cases: list[Case], *, rounds: int = 15, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Time and extra memory of losses, forward and backward.
+
+    All cases are timed in every round: what disturbs the machine for some seconds then falls on one
+    round of each, not on all rounds of one.
+    """
+    functions = {
+        (i, version): function
+        for i, (*size, layers) in enumerate(cases)
+        for version, function in loss_functions(*size, layers=layers, device=device).items()
     }
-
-
-def bench_losses(*, rounds: int = 15, device: str = "cpu") -> list[dict[str, Any]]:
-    """The losses at the three sizes, and all layers of a vit in one call."""
-    rows = [
-        bench_loss(loss, *size, rounds=rounds, device=device)
-        for loss in ("strong", "weak", "covariance")
-        for size in SIZES
-    ]
-    for loss in ("strong", "weak"):
-        rows.append(bench_loss(loss, *SIZES[0], layers=LAYERS, rounds=rounds, device=device))
+    times = alternate(functions, rounds=rounds)
+    rows = []
+    for i, (loss, n, c, k, layers) in enumerate(cases):
+        own = {version: times[i, version] for version in ("plain", "ours")}
+        rows.append(
+            {
+                "loss": loss,
+                "n": n,
+                "c": c,
+                "k": None if loss == "covariance" else k,
+                "layers": layers,
+                "seconds": {version: statistics.median(values) for version, values in own.items()},
+                "bytes": {v: extra_memory(functions[i, v], device) for v in own},
+                "ratio": ratio(own, "plain", "ours"),
+            }
+        )
     return rows
+
+
+def bench_losses(*, rounds: int = 31, device: str = "cpu") -> list[dict[str, Any]]:
+    """The losses at the three sizes, and all layers of a vit in one call."""
+    cases = [(loss, *size, 1) for loss in ("strong", "weak", "covariance") for size in SIZES]
+    cases += [(loss, *SIZES[0], LAYERS) for loss in ("strong", "weak")]
+    return bench_cases(cases, rounds=rounds, device=device)
 
 
 def bench_scaling(
     *,
     channels: tuple[int, ...] = CHANNELS,
     columns: tuple[int, ...] = COLUMNS,
-    rounds: int = 7,
+    rounds: int = 15,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Cost against C (N = 128, K = 64) and against K (N = 128, C = 1024)."""
-    sizes = [(c, 64) for c in channels] + [(1024, k) for k in columns if k != 64]
-    rows = []
-    for c, k in sizes:
-        for loss in ("covariance", "weak", "strong") if k == 64 else ("weak", "strong"):
-            rows.append(bench_loss(loss, 128, c, k, rounds=rounds, device=device))
-    return rows
+    cases = [(x, 128, c, 64, 1) for c in channels for x in ("covariance", "weak", "strong")]
+    cases += [(x, 128, 1024, k, 1) for k in columns if k != 64 for x in ("weak", "strong")]
+    return bench_cases(cases, rounds=rounds, device=device)

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 
-Timed = dict[str, list[float]]  # seconds a call, one entry a round
+Timed = dict[Hashable, list[float]]  # seconds a call, one entry a round
 
 
 def alternate(
-    functions: Mapping[str, Callable[[], Any]], *, rounds: int, at_least: float = 0.02
+    functions: Mapping[Hashable, Callable[[], Any]], *, rounds: int, at_least: float = 0.02
 ) -> Timed:
     """Time functions in turn, ``rounds`` times over.
 
@@ -66,7 +66,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def ratio(times: Timed, above: str, below: str) -> dict[str, float]:
+def ratio(times: Timed, above: Hashable, below: Hashable) -> dict[str, float]:
     """Median and quartiles over rounds of the ratio of two functions' times."""
     values = [a / b for a, b in zip(times[above], times[below], strict=True)]
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
