@@ -47,7 +47,7 @@ def run(
     Args:
         parts: of ``losses``, ``scaling`` (against C and K), ``products`` (the machine's speed),
             ``steps``, ``epoch``.
-        rounds: default 31 for losses, 15 for scaling, 7 for products and steps, 5 for epochs.
+        rounds: default 31 for losses, 15 for scaling and products, 7 for steps, 5 for epochs.
         device: ``cpu`` or ``cuda``; there is no plain step on a GPU.
 
     Returns:
