@@ -172,6 +172,33 @@ def test_the_command_replaces_the_parts_it_measured_and_no_other(tmp_path, capsy
     assert f"products written to {path}" in capsys.readouterr().out
 
 
+def test_a_target_is_met_on_its_side_only():
+    def row(loss, ratio):
+        seconds = {"plain": 8.0, "ours": 2.0, "products": 1.0}
+        size = {"n": 128, "c": 256, "k": 64, "layers": 1}
+        return {"loss": loss, **size, "seconds": seconds, "ratio": {"median": ratio}}
+
+    seconds = {"augmentation": 4.0, "evaluation": 6.0}
+    found = {
+        "losses": [row("strong", 8.0), row("weak", 1.4)],
+        "steps": [
+            {
+                "family": "mlp",
+                "operations": 3e9,
+                "seconds": {"plain none": 0.06},
+                "ratio": {"none": {"median": 2.5}},
+                "added": {"weak": {"median": 1.1001}, "strong": {"median": 0.9}},
+            }
+        ],
+        "products": [{"family": "mlp", "gflops": {"bfloat16": 100.0}}],
+        "epoch": [{"recipe": "vit/weak", "seconds": seconds, "epoch": 100.0}],
+    }
+    judged = bench.targets(found)
+    assert [t.met for t in judged] == [True, False, True, False, True, True, False, True]
+    assert [t.bound for t in judged[:3]] == pytest.approx([8, 8, 2])
+    assert judged[-1].measured == pytest.approx(1.5)
+
+
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="losses, scaling, products, steps, epoch, not 'step'"):
         bench.run(("step",))

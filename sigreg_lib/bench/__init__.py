@@ -16,11 +16,13 @@ import torch
 
 from sigreg_lib.bench.losses import bench_cases, bench_losses, bench_scaling
 from sigreg_lib.bench.steps import FAMILIES, bench_epoch, bench_products, bench_steps
+from sigreg_lib.bench.targets import Target, targets
 from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
 from sigreg_lib.train.run import code, device_name
 
 __all__ = [
     "PARTS",
+    "Target",
     "alternate",
     "as_part",
     "bench_cases",
@@ -34,6 +36,7 @@ __all__ = [
     "ratio",
     "run",
     "table",
+    "targets",
 ]
 
 PARTS = ("losses", "scaling", "products", "steps", "epoch")
