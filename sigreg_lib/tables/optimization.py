@@ -1,0 +1,112 @@
+"""How a table's runs train: gradients and clipping, speed, jitter, and what a best epoch is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sigreg_lib.records import Record
+from sigreg_lib.tables.rows import Row
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def optimization_table(rows: Iterable[Row]) -> DataFrame:
+    """How the run that got furthest (n = 1) trains at its last tested epoch, a line a row.
+
+    The gradient's norm is an epoch's mean before clipping. ``step / gradient`` is the length of an
+    update over that of the gradient, lr min(1, clip / norm): for SGD the learning rate in effect.
+    Training accuracy is measured on augmented images while the weights change.
+    """
+    import pandas as pd
+
+    lines = []
+    for row in rows:
+        if (run := row.longest) is None:
+            continue
+        epoch = run.measured("test_accuracy")[0][-1]
+        at, clip = run.at(epoch), run.config["clip_norm"]
+        norms = run.measured("grad_norm")[1]
+        share = sum(clip is not None and g > clip for g in norms) / max(len(norms), 1)
+        above = "no clip" if clip is None else f"{100 * share:.0f}"
+        shrink = 1 if clip is None or not at["grad_norm"] else min(1, clip / at["grad_norm"])
+        gap = _minus(at["train_accuracy"], at["test_accuracy"])
+        lines.append(
+            {
+                "regularizer": row.label,
+                "epoch": epoch,
+                "train loss (nats)": _number(at["train_loss"], ".2f"),
+                "train - test (points)": _number(gap, "+.1f"),
+                "gradient's norm": _number(at["grad_norm"], ".2f"),
+                "epochs above the clip (%)": above,
+                "step / gradient": f"{run.config['lr'] * shrink:.3g}",
+            }
+        )
+    columns = ["regularizer", "epoch", "train loss (nats)", "train - test (points)"]
+    columns += ["gradient's norm", "epochs above the clip (%)", "step / gradient"]
+    return pd.DataFrame(lines, columns=columns).set_index("regularizer")
+
+
+def clipping(rows: Iterable[Row]) -> str:
+    """One sentence: how often each row's longest run is clipped, and its rate in effect at last."""
+    rows = [row for row in rows if row.longest]
+    if not rows:
+        return "No run has been clipped yet: there is none."
+    found = optimization_table(rows)
+    parts = [
+        f"{row.published.name} is clipped in {at['epochs above the clip (%)']}% of its "
+        f"{row.longest.epochs} epochs and ends at a step of {at['step / gradient']} gradients"
+        for row, (_, at) in zip(rows, found.iterrows(), strict=True)
+    ]
+    return "By the mean norm of an epoch, " + "; ".join(parts) + "."
+
+
+def milestones(rows: Iterable[Row], levels: Sequence[float]) -> DataFrame:
+    """The first epoch at which the run that got furthest (n = 1) tests at a level (%) or above.
+
+    "-": it has not yet; "missing": there is no run.
+    """
+    import pandas as pd
+
+    table = {}
+    for row in rows:
+        pairs = list(zip(*row.longest.measured("test_accuracy"), strict=True)) if row.seeds else []
+        first = {lv: next((str(e) for e, a in pairs if a >= lv), "-") for lv in levels}
+        table[row.label] = first if row.seeds else dict.fromkeys(levels, "missing")
+    return pd.DataFrame(table).T.rename_axis("first epoch at (%)")
+
+
+def jitter(record: Record, window: int = 30) -> float | None:
+    r"""Standard deviation of the test accuracy from epoch to epoch, in points.
+
+    .. math:: s^2 = \tfrac16 \, \overline{(a_{i+1} - 2 a_i + a_{i-1})^2}
+
+    over the last ``window`` tested epochs: second differences cancel a linear trend, and for
+    independent noise have 6 times its variance. None for fewer than 12 epochs.
+    """
+    values = record.measured("test_accuracy")[1][-window:]
+    if len(values) < 12:
+        return None
+    seconds = [c - 2 * b + a for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    return math.sqrt(sum(x * x for x in seconds) / len(seconds) / 6)
+
+
+def expected_best(count: int) -> float:
+    r"""Expected largest of ``count`` independent standard normal numbers.
+
+    .. math:: \int x \, d\,\Phi(x)^{count}
+    """
+    x = torch.linspace(-8, 8, 16_001, dtype=torch.float64)
+    return torch.trapezoid(x, torch.special.ndtr(x) ** count).item()
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
