@@ -6,9 +6,9 @@ import torch
 from helpers import seeded
 from reference_step import PlainStep, plain_augmentation
 
-from sigreg_lib import bench, weak_floor
+from sigreg_lib import _blocks, bench, weak_floor
 from sigreg_lib.__main__ import main
-from sigreg_lib.bench import timing
+from sigreg_lib.bench import steps, timing
 from sigreg_lib.bench.losses import loss_functions
 from sigreg_lib.bench.steps import count_operations, fake_images
 from sigreg_lib.recipes import RECIPES
@@ -172,6 +172,29 @@ def test_the_command_replaces_the_parts_it_measured_and_no_other(tmp_path, capsy
     assert f"products written to {path}" in capsys.readouterr().out
 
 
+def test_fused_attention_is_swapped_in_and_out_and_gives_the_same_logits():
+    data = fake_images(4, 2)
+    recipe = RECIPES["vit/none"].override(batch_size=4, precision="float32")
+    trainer = Trainer(recipe, data, seed=0, compile=False)
+    fused = torch.nn.functional.scaled_dot_product_attention
+    plainly = trainer._logits(data.train_images)
+    attend = _blocks._attend
+    with steps._fused_attention(True):
+        assert _blocks._attend is fused
+        otherwise = trainer._logits(data.train_images)
+    assert _blocks._attend is attend
+    torch.testing.assert_close(otherwise, plainly, rtol=1e-4, atol=1e-4)
+
+
+def test_variants_are_compared_with_the_plain_step(monkeypatch):
+    monkeypatch.setattr(steps, "VARIANTS", {"eager": {"compile": False}})
+    monkeypatch.setattr(steps, "fake_images", lambda *a: fake_images(128, 2))
+    rows = bench.bench_variants(rounds=1)
+    assert [row["variant"] for row in rows] == ["plain", "eager"]
+    assert rows[0]["ratio"]["median"] == 1
+    assert rows[1]["ratio"]["median"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
+
+
 def test_a_target_is_met_on_its_side_only():
     def row(loss, ratio):
         seconds = {"plain": 8.0, "ours": 2.0, "products": 1.0}
@@ -200,7 +223,9 @@ def test_a_target_is_met_on_its_side_only():
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="losses, scaling, products, steps, epoch, not 'step'"):
+    with pytest.raises(
+        ValueError, match="losses, scaling, products, steps, variants, epoch, not 'step'"
+    ):
         bench.run(("step",))
 
 

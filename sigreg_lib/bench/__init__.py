@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from sigreg_lib.bench.losses import bench_cases, bench_losses, bench_scaling
-from sigreg_lib.bench.steps import FAMILIES, bench_epoch, bench_products, bench_steps
+from sigreg_lib.bench.steps import (
+    FAMILIES,
+    bench_epoch,
+    bench_products,
+    bench_steps,
+    bench_variants,
+)
 from sigreg_lib.bench.targets import Target, targets
 from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
 from sigreg_lib.train.run import code, device_name
@@ -31,6 +37,7 @@ __all__ = [
     "bench_products",
     "bench_scaling",
     "bench_steps",
+    "bench_variants",
     "extra_memory",
     "plain",
     "ratio",
@@ -39,7 +46,7 @@ __all__ = [
     "targets",
 ]
 
-PARTS = ("losses", "scaling", "products", "steps", "epoch")
+PARTS = ("losses", "scaling", "products", "steps", "variants", "epoch")
 
 
 def run(
@@ -49,8 +56,9 @@ def run(
 
     Args:
         parts: of ``losses``, ``scaling`` (against C and K), ``products`` (the machine's speed),
-            ``steps``, ``epoch``.
-        rounds: default 31 for losses, 15 for scaling and products, 7 for steps, 5 for epochs.
+            ``steps``, ``variants`` (of the vit's step), ``epoch``.
+        rounds: default 31 for losses, 15 for scaling and products, 7 for steps and variants,
+            5 for epochs.
         device: ``cpu`` or ``cuda``; there is no plain step on a GPU.
 
     Returns:
@@ -71,6 +79,7 @@ def run(
         "scaling": lambda: bench_scaling(**options),
         "products": lambda: bench_products(**options),
         "steps": lambda: [bench_steps(family, **options) for family in FAMILIES],
+        "variants": lambda: bench_variants(**options),
         "epoch": lambda: [bench_epoch(f"{family}/weak", **options) for family in FAMILIES],
     }
     return {part: as_part(measure[part](), device) for part in parts}
@@ -114,6 +123,13 @@ def table(found: Mapping[str, Any]) -> list[str]:
             share = [f"{100 * (added[key] - 1):+.1f}%" for key in ("median", "low", "high")]
             name = f"{row['family']} step, {method} over none"
             rows.append((name, "", "", share[0], f"{share[1]} {share[2]}", "", ""))
+    for row in part("variants"):
+        quoted = (
+            f"{row['ratio']['median']:.2f}",
+            f"{row['ratio']['low']:.2f} {row['ratio']['high']:.2f}",
+        )
+        name = f"vit step, {row['variant']}"
+        rows.append((name, "", f"{1e3 * row['seconds']:.0f}", *quoted, "", ""))
     for row in part("epoch"):
         for name, seconds in row["seconds"].items():
             share = f"{100 * seconds / row['epoch']:.1f}%"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sigreg_lib import _blocks
 from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
 from sigreg_lib.data import ImageData
 from sigreg_lib.recipes import find
@@ -37,8 +39,16 @@ def fake_images(train: int, test: int, device: str = "cpu") -> ImageData:
 class Steps:
     """Steps of one recipe: ours, and plainly from the same weights on the same batch."""
 
-    def __init__(self, name: str, data: ImageData, *, compile: bool, compare: bool = True) -> None:
-        recipe = find(name)
+    def __init__(
+        self,
+        name: str,
+        data: ImageData,
+        *,
+        compile: bool,
+        compare: bool = True,
+        **overrides: Any,
+    ) -> None:
+        recipe = find(name).override(**overrides)
         self.trainer = Trainer(recipe, data, seed=0, compile=compile)
         self.trainer.model.train()
         n = recipe.batch_size
@@ -124,6 +134,53 @@ def bench_steps(family: str, *, rounds: int = 7, device: str = "cpu") -> dict[st
             m: ratio(times, f"plain {m}", f"ours {m}") for m in ("none", "weak", "strong")
         }
     return found
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32, eager": {"precision": "float32", "compile": False},
+    "float32, compiled": {"precision": "float32", "compile": True},
+    "bfloat16, eager": {"compile": False},
+    "bfloat16, compiled, fused attention": {"compile": True, "fused": True},
+    "bfloat16, compiled": {"compile": True},
+}
+"""Ways to take a step of the vit that were tried; the last is the one in use."""
+
+
+def bench_variants(*, rounds: int = 7, device: str = "cpu") -> list[dict[str, Any]]:
+    """A step of ``vit/none`` taken in each of :data:`VARIANTS`, and plainly."""
+    data = fake_images(256, 16, device)
+    functions: dict[Hashable, Callable[[], None]] = {}
+    for name, options in VARIANTS.items():
+        options = dict(options)
+        fused = options.pop("fused", False)
+        steps = Steps("vit/none", data, compare=not functions and device == "cpu", **options)
+        if steps.plain_step is not None:
+            functions["plain"] = steps.plainly
+        with _fused_attention(fused):
+            steps.ours()  # what is compiled is compiled here
+        functions[name] = steps.ours
+    times = alternate(functions, rounds=rounds)
+    of = "plain" if "plain" in functions else next(iter(VARIANTS))
+    return [
+        {
+            "variant": name,
+            "seconds": statistics.median(times[name]),
+            "ratio": ratio(times, of, name),
+        }
+        for name in functions
+    ]
+
+
+@contextlib.contextmanager
+def _fused_attention(on: bool) -> Iterator[None]:
+    """PyTorch's fused attention in place of plain products, on a CPU too."""
+    before = _blocks._attend
+    if on:
+        _blocks._attend = torch.nn.functional.scaled_dot_product_attention
+    try:
+        yield
+    finally:
+        _blocks._attend = before
 
 
 def bench_epoch(name: str, *, rounds: int = 5, device: str = "cpu") -> dict[str, Any]:
