@@ -165,13 +165,14 @@ def test_the_buffers_are_the_only_inputs():
         lambda x, p, d: (x, Pair(p.first, x), d),
         lambda x, p, d: (x, p, {64: x}),
         lambda x, p, d: (x, None, d),
+        lambda x, p, d: (x.double(), p, d),
     ],
 )
-def test_inputs_of_another_shape_are_refused(change):
+def test_inputs_of_another_shape_or_dtype_are_refused(change):
     run, _ = adder()
     inputs = torch.ones(2), Pair(torch.ones(2), None), {64: torch.ones(2), 10: None}
     run(*inputs)
-    with pytest.raises(ValueError, match="inputs of the same shapes at each call"):
+    with pytest.raises(ValueError, match="takes the same shapes and dtypes at each call"):
         run(*change(*inputs))
 
 

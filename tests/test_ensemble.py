@@ -218,6 +218,16 @@ def test_many_seeds_have_a_short_file_name():
     assert names[0] == "digits-weak-s0_1_2-batched.pt"
 
 
+def test_a_record_begun_in_another_group_of_seeds_is_not_begun_again(tmp_path):
+    where = {"results": tmp_path / "r", "checkpoints": tmp_path / "c", "quiet": True}
+    recipe = RECIPES["digits/none"].override(**SMALL)
+    before = train_seeds(recipe, [0, 1], epochs=1, **where)
+    with pytest.raises(ValueError, match=r"s0, .*s1: begun, but not together"):
+        train_seeds(recipe, [0, 1, 2], epochs=2, **where)
+    kept = [records.read(path) for path in sorted((tmp_path / "r").rglob("*.json"))]
+    assert [r.to_json() for r in kept] == [r.to_json() for r in before]
+
+
 def test_bfloat16_members_follow_their_separate_runs():
     """The mlp recipes' own precision: sums in bfloat16 differ in the third digit."""
     data = striped()

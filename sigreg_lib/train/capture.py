@@ -72,7 +72,8 @@ class CapturedStep:
     Args:
         function: the step, backward pass and update included. It may read tensors that stay in
             place (parameters, the learning rate) and its arguments: tensors, None, and tuples and
-            dictionaries of them, of the same shapes at each call. It must not wait for the device.
+            dictionaries of them, of the same shapes and dtypes at each call. It must not wait for
+            the device.
         optimizer: what the function steps: fused, with a tensor for the learning rate.
         graph: what records.
     """
@@ -135,7 +136,7 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _copy(to: Any, value: Any) -> None:
-    if isinstance(to, Tensor) and isinstance(value, Tensor) and to.shape == value.shape:
+    if _alike(to, value):
         to.copy_(value, non_blocking=True)
     elif isinstance(to, dict) and isinstance(value, dict) and to.keys() == value.keys():
         for key, part in to.items():
@@ -145,14 +146,20 @@ def _copy(to: Any, value: Any) -> None:
             _copy(part, other)
     elif not (to is None and value is None):
         raise ValueError(
-            f"a captured step takes inputs of the same shapes at each call: {_describe(to)} before,"
-            f" {_describe(value)} now"
+            "a captured step takes the same shapes and dtypes at each call: "
+            f"{_describe(to)} before, {_describe(value)} now"
         )
+
+
+def _alike(to: Any, value: Any) -> bool:
+    """Two tensors of one shape and dtype: another dtype would be cast in silence."""
+    both = isinstance(to, Tensor) and isinstance(value, Tensor)
+    return both and (to.shape, to.dtype) == (value.shape, value.dtype)
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, (dict, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     return repr(value)

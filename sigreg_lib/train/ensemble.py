@@ -284,7 +284,8 @@ def train_seeds(
 
     Raises:
         ValueError: a recipe that cannot be trained batched (with the reason), or what ``train``
-            refuses, or a seed that was begun in a separate run.
+            refuses, or a seed that was begun in a separate run or in another group of seeds: its
+            record would be lost.
     """
     seeds = list(seeds)
     check_batched(recipe, compile)
@@ -301,12 +302,14 @@ def train_seeds(
 
     fresh = {seed: run.new_record(recipe, data, seed) for seed in seeds}
     paths = {seed: folder / f"{record.name}.json" for seed, record in fresh.items()}
-    done = {}
+    done, begun = {}, []
     for seed, record in fresh.items():
         found = run.earlier(paths[seed], record)
         if found is not None and (found.status == "diverged" or found.epochs >= stop):
             say(f"{found.name}: already there, {found.status} at epoch {found.epochs}")
             done[seed] = found
+        elif found is not None:
+            begun.append(found.name)
     if len(done) == len(seeds):
         return [done[seed] for seed in seeds]
     checkpoint = kept / _checkpoint_name(fresh)  # also of those that ended before the others
@@ -316,6 +319,11 @@ def train_seeds(
     for record in fresh.values():
         if (kept / f"{record.name}.pt").exists():
             raise ValueError(f"{record.name} has a checkpoint of a separate run: finish that first")
+    if begun and not checkpoint.exists():
+        raise ValueError(
+            f"{', '.join(begun)}: begun, but not together ({checkpoint} is not there): go on with "
+            "the same seeds as before, or move the records away"
+        )
 
     members = [Trainer(recipe, data, seed=seed, compile=False) for seed in fresh]
     ensemble, held = Ensemble(members, capture=graph), list(fresh.values())
