@@ -78,15 +78,15 @@ def test_the_speeds_that_the_readme_quotes_are_the_measured_ones():
         (row["loss"], row["n"], row["c"], row["layers"]): row["ratio"]["median"]
         for row in found["losses"]["rows"]
     }
-    strong, weak = (
-        [losses[loss, 128, 256, 1], losses[loss, 8192, 768, 1]] for loss in ("strong", "weak")
-    )
+    strong = [losses["strong", 128, 256, 1], losses["strong", 8192, 768, 1]]
+    for row in found["losses"]["rows"]:  # "for Weak no difference is resolved"
+        if row["loss"] == "weak" and row["layers"] == 1 and row["c"] in (256, 768):
+            assert row["ratio"]["low"] < 1 < row["ratio"]["high"]
     steps = {row["family"]: row for row in found["steps"]["rows"]}
     whole = {family: row["ratio"]["none"]["median"] for family, row in steps.items()}
     added = {m: 100 * (v["median"] - 1) for m, v in steps["mlp"]["added"].items()}
     for words in (
         f"{strong[0]:.1f} times as fast at N = 128, C = 256, K = 64 and {strong[1]:.1f} times at",
-        f"Weak {weak[0]:.1f} and {weak[1]:.1f} times",
         f"{whole['vit']:.1f} (vit), {whole['expert']:.1f} (expert) and {whole['mlp']:.1f} times",
         f"mlp step of {1e3 * steps['mlp']['seconds']['ours none']:.0f} ms",
         f"Weak adds {added['weak']:.0f}% and Strong {added['strong']:.0f}%",

@@ -187,6 +187,65 @@ def test_one_epoch_outside_the_tolerance_decides_and_is_named(tmp_path):
     assert "+2.00 points at epoch 10" in tables.statement([row(tmp_path, record)])
 
 
+def at_points(name, values, **changes):
+    """A run with these test accuracies at the first published epochs."""
+    record = made(name, epochs=list(PUBLISHED[name].curve)[len(values) - 1], **changes)
+    for epoch, value in zip(PUBLISHED[name].curve, values, strict=False):
+        record.history["test_accuracy"][epoch - 1] = value
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("mlp/none", (3.79, 12.25, 15.37), ["mlp/weak"]),
+        ("mlp/strong", (3.49, 9.93, 14.23), []),  # Weak is 1.54 away at epoch 5
+        ("vit/none", (8.04,), ["vit/strong"]),  # Weak is 3.97 away
+        ("mlp/none", (2.15,), ["mlp/strong", "mlp/weak"]),  # 1.5 from Strong: inclusive
+        ("mlp/none", (2.14,), ["mlp/weak"]),
+        ("mlp/none", (3.2, 11.5, 14.9, 25.5), ["mlp/weak"]),  # no longer as itself
+    ],
+)
+def test_rows_that_the_judged_epochs_do_not_separate_are_named(tmp_path, name, values, expected):
+    found = row(tmp_path, at_points(name, values), name=name)
+    assert [other.name for other in tables.passes_as(found)] == expected
+    named = " and ".join(expected)
+    too = "" if len(values) == 4 else " too"
+    said = [tables.statement([found]), tables.verdict(found).reason]
+    assert [f"would pass as {named}{too}" in s for s in said] == [bool(expected)] * 2
+    assert ["would pass" in s for s in said] == [bool(expected)] * 2
+    label = ", ".join(tables.LABELS[n.split("/")[1]] for n in expected) or "no other row"
+    assert tables.results_table([found]).loc["would pass as"].item() == label
+
+
+def test_finished_runs_on_their_curve_pass_as_no_other_row_where_the_published_rows_part(tmp_path):
+    runs = [made(f"{f}/{m}", epochs=400) for f in ("vit", "mlp") for m in tables.LABELS]
+    written(tmp_path, *runs)
+    rows = [r for f in ("vit", "mlp") for r in tables.collect(tmp_path, f, [0])]
+    assert [tables.passes_as(r) for r in rows] == [[]] * 6
+    # a wider tolerance than that of the family; what is not judged or diverged passes as nothing
+    assert tables.passes_as(row(tmp_path, made(epochs=400)), tolerance=40)
+    assert "would pass" in tables.verdict(row(tmp_path, made(epochs=400)), tolerance=40).reason
+    assert tables.passes_as(replace(rows[3], judged=False), tolerance=40) == []
+    assert tables.passes_as(row(tmp_path, made(epochs=10, status="diverged"))) == []
+    missing = tables.collect(tmp_path, "expert", [0])[0]
+    assert tables.passes_as(missing) == []
+    assert tables.results_table([missing]).loc["would pass as"].item() == "-"
+
+
+def test_an_interval_wider_than_the_tolerance_is_said(tmp_path):
+    def reason(folder, *offsets):
+        runs = [made(seed=s, epochs=12, offset=o) for s, o in enumerate(offsets)]
+        return tables.verdict(row(folder, *runs)).reason
+
+    # half width of two runs 2 d apart: 12.71 d
+    assert "interval wider than the tolerance at epoch 1, 5, 10" in reason(
+        tmp_path / "a", -0.12, 0.12
+    )
+    assert "wider" not in reason(tmp_path / "b", -0.11, 0.11)
+    assert "wider" not in reason(tmp_path / "c", 0.0)  # one run has no interval
+
+
 def test_the_mean_over_seeds_is_judged_not_each_run(tmp_path):
     runs = [made(seed=s, epochs=400, offset=o) for s, o in enumerate((-2, 0, 2))]
     assert tables.verdict(row(tmp_path, *runs)).word == "reproduced"
@@ -464,11 +523,33 @@ def test_clipping_is_counted_by_epochs_and_shrinks_the_step(tmp_path):
     assert found["epochs above the clip (%)"] == "75"
     assert found["step / gradient"] == "0.025"  # 0.1 clipped from 4 to 1
     assert found["train - test (points)"] == "+9.7"
+    said = tables.clipping([descending(tmp_path)])
+    assert "mlp/none is clipped in 75% of its 40 epochs and is at a step of 0.025 gradients" in said
     assert tables.optimization_table([row(tmp_path, name="mlp/weak")]).empty
     unclipped = made("vit/none", epochs=3)
     unclipped.history["grad_norm"] = [2.0] * 3
     found = tables.optimization_table([row(tmp_path, unclipped, name="vit/none")])
     assert found.loc["No regularizer", "epochs above the clip (%)"] == "no clip"
+    # AdamW's step is not proportional to the gradient
+    assert found.loc["No regularizer", "step / gradient"] == "-"
+    said = tables.clipping([row(tmp_path, name="vit/none")])
+    assert said == "By the mean norm of an epoch, vit/none is not clipped."
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 8])
+def test_the_step_is_that_of_the_rate_of_its_epoch(tmp_path, monkeypatch, epochs):
+    """SGD on a cosine: the rate that training sets, one step unclipped, and half of it clipped."""
+    cosine = RECIPES["mlp/none"].override(schedule="cosine", lr_min=0.01, epochs=8)
+    monkeypatch.setitem(RECIPES, "mlp/none", cosine)
+    status = "finished" if epochs == 8 else "partial"
+    changes = {"config": cosine.as_dict(), "epochs_planned": 8, "status": status}
+    record = made("mlp/none", epochs=epochs, **changes)
+    turn = math.pi * (epochs - 1) / 8  # the first epoch has the full rate
+    rate = 0.01 + 0.09 * (1 + math.cos(turn)) / 2
+    for norm, shrink in ((0.5, 1), (2.0, 0.5)):
+        record.history["grad_norm"] = [norm] * epochs
+        found = tables.optimization_table([row(tmp_path, record, name="mlp/none")])
+        assert found["step / gradient"].item() == f"{rate * shrink:.3g}"
 
 
 def test_milestones_are_first_epochs(tmp_path):
@@ -506,3 +587,14 @@ def test_an_expectation_is_said_to_hold_or_not_or_not_to_be_measured():
     assert tables.held("x < 1", None).endswith("not measured")
     with pytest.raises(ValueError, match="layers at epochs"):
         questions.look(made(epochs=40), 20)
+
+
+def test_what_is_expected_of_the_end_is_not_measured_before_it():
+    partial, finished = made(epochs=3), made(epochs=400)
+    said = tables.held_at_end("R ends low", True, partial, "R = 6.88")
+    assert said == "expected: R ends low: not measured (epoch 3 of 400; R = 6.88)"
+    assert tables.held_at_end("x", False, partial).endswith("not measured (epoch 3 of 400)")
+    diverged = replace(partial, status="diverged")
+    assert "not measured (epoch 3 of 400" in tables.held_at_end("x", True, diverged)
+    assert tables.held_at_end("x", True, finished, "5").endswith(": holds (5)")
+    assert tables.held_at_end("x", None, None).endswith("not measured")

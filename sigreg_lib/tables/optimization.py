@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sigreg_lib.recipes import find
 from sigreg_lib.records import Record
 from sigreg_lib.tables.rows import Row
 
@@ -19,8 +20,10 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
     """How the run that got furthest (n = 1) trains at its last tested epoch, a line a row.
 
     The gradient's norm is an epoch's mean before clipping. ``step / gradient`` is the length of an
-    update over that of the gradient, lr min(1, clip / norm): for SGD the learning rate in effect.
-    Training accuracy is measured on augmented images while the weights change.
+    update over that of the gradient, lr min(1, clip / norm), with that norm and the learning rate
+    of that epoch. Given for SGD without weight decay; "-" for AdamW, whose steps are not
+    proportional to the gradient. Training accuracy is measured on augmented images while the
+    weights change.
     """
     import pandas as pd
 
@@ -33,7 +36,6 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
         norms = run.measured("grad_norm")[1]
         share = sum(clip is not None and g > clip for g in norms) / max(len(norms), 1)
         above = "no clip" if clip is None else f"{100 * share:.0f}"
-        shrink = 1 if clip is None or not at["grad_norm"] else min(1, clip / at["grad_norm"])
         gap = _minus(at["train_accuracy"], at["test_accuracy"])
         lines.append(
             {
@@ -43,7 +45,7 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
                 "train - test (points)": _number(gap, "+.1f"),
                 "gradient's norm": _number(at["grad_norm"], ".2f"),
                 "epochs above the clip (%)": above,
-                "step / gradient": f"{run.config['lr'] * shrink:.3g}",
+                "step / gradient": _number(_rate_in_effect(run, epoch), ".3g"),
             }
         )
     columns = ["regularizer", "epoch", "train loss (nats)", "train - test (points)"]
@@ -52,16 +54,22 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
 
 
 def clipping(rows: Iterable[Row]) -> str:
-    """One sentence: how often each row's longest run is clipped, and its rate in effect at last."""
+    """One sentence: how often each row's longest run is clipped, and its rate in effect at last.
+
+    The latter for SGD only, as in :func:`optimization_table`.
+    """
     rows = [row for row in rows if row.longest]
     if not rows:
         return "No run has been clipped yet: there is none."
     found = optimization_table(rows)
-    parts = [
-        f"{row.published.name} is clipped in {at['epochs above the clip (%)']}% of its "
-        f"{row.longest.epochs} epochs and ends at a step of {at['step / gradient']} gradients"
-        for row, (_, at) in zip(rows, found.iterrows(), strict=True)
-    ]
+    parts = []
+    for row, (_, at) in zip(rows, found.iterrows(), strict=True):
+        share, step = at["epochs above the clip (%)"], at["step / gradient"]
+        often = f"clipped in {share}% of its {row.longest.epochs} epochs"
+        said = f"{row.published.name} is {'not clipped' if share == 'no clip' else often}"
+        if step != "-":
+            said += f" and is at a step of {step} gradients at epoch {at['epoch']}"
+        parts.append(said)
     return "By the mean norm of an epoch, " + "; ".join(parts) + "."
 
 
@@ -102,6 +110,15 @@ def expected_best(count: int) -> float:
     """
     x = torch.linspace(-8, 8, 16_001, dtype=torch.float64)
     return torch.trapezoid(x, torch.special.ndtr(x) ** count).item()
+
+
+def _rate_in_effect(run: Record, epoch: int) -> float | None:
+    """Length of an update over that of the gradient, in an epoch counted from 1; SGD only."""
+    recipe, norm = find(run.recipe).override(**run.overrides), run.at(epoch)["grad_norm"]
+    if recipe.optimizer != "sgd" or recipe.weight_decay or norm is None:
+        return None
+    shrink = 1.0 if recipe.clip_norm is None or not norm else min(1.0, recipe.clip_norm / norm)
+    return recipe.learning_rate(epoch - 1) * shrink  # a recipe counts epochs from 0
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

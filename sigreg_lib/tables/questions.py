@@ -28,6 +28,17 @@ def held(expectation: str, holds: bool | None, seen: str = "") -> str:
     return f"expected: {expectation}: {answer}" + (f" ({seen})" if seen else "")
 
 
+def held_at_end(expectation: str, holds: bool | None, record: Record | None, seen: str = "") -> str:
+    """:func:`held` for what is expected at the end of training: not measured before it.
+
+    The epoch that the run has reached and what was seen there are given instead.
+    """
+    if record is None or record.status == "finished":
+        return held(expectation, holds if record else None, seen)
+    where = f"epoch {record.epochs} of {record.epochs_planned}"
+    return held(expectation, None, f"{where}; {seen}" if seen else where)
+
+
 def shown(frame: DataFrame) -> DataFrame | str:
     """A table for display; words instead of an empty one."""
     return "no run to show yet" if frame.empty else frame

@@ -219,6 +219,9 @@ def verdict(row: Row, tolerance: float | None = None) -> Verdict:
     runs, or the shortest of them, end for now; *not reproduced*: outside it at one of these epochs,
     or a run diverged; *missing*: no record, or none with a published epoch that all runs have.
 
+    The reason names what weakens the word: other published rows that the runs would pass as too
+    (:func:`passes_as`), and epochs at which the runs' 95% interval is wider than the tolerance.
+
     Args:
         row: published numbers and runs.
         tolerance: in points, inclusive; default :data:`TOLERANCE` of the family.
@@ -244,7 +247,8 @@ def verdict(row: Row, tolerance: float | None = None) -> Verdict:
     ]
     gaps += f"; not judged, as not all runs are there: epoch {', '.join(ahead)}" if ahead else ""
     at_last = _against(row, row.epoch)
-    off = [e for e in row.compared if abs(row.difference(e)) > tolerance + 1e-9]
+    gaps = _weaknesses(row, tolerance) + gaps
+    off = [e for e in row.compared if _outside(row, row.published, e, tolerance)]
     if off:
         where = ", ".join(f"{row.difference(e):+.2f} points at epoch {e}" for e in off)
         reason = f"{where}, tolerance {tolerance:g}; {at_last}{gaps}"
@@ -255,16 +259,65 @@ def verdict(row: Row, tolerance: float | None = None) -> Verdict:
     return Verdict(word, row.epoch, reason)
 
 
+def passes_as(row: Row, tolerance: float | None = None) -> list[PublishedRow]:
+    """Other rows of the family that our runs would pass as: the judged epochs do not separate them.
+
+    Those whose published values lie within the tolerance of our mean at every judged epoch. None
+    for runs that are not judged, diverged or have no published epoch.
+
+    Args:
+        row: published numbers and runs.
+        tolerance: in points, inclusive; default :data:`TOLERANCE` of the family.
+    """
+    family = row.published.family
+    tolerance = TOLERANCE[family] if tolerance is None else tolerance
+    diverged = any(record.status == "diverged" for record in row.records.values())
+    if not row.judged or diverged or row.epoch is None:
+        return []
+    others = [PUBLISHED[f"{family}/{method}"] for method in LABELS]
+    return [
+        other
+        for other in others
+        if other.name != row.published.name
+        and not any(_outside(row, other, epoch, tolerance) for epoch in row.compared)
+    ]
+
+
 def statement(rows: Iterable[Row]) -> str:
-    """One sentence: each row's verdict, with the accuracies that it rests on."""
+    """One sentence: each row's verdict, with the accuracies that it rests on.
+
+    Other rows that it would pass as are named.
+    """
     parts = []
     for row in rows:
         found = verdict(row)
         numbers = "" if row.epoch is None or not row.judged else f", {_against(row, row.epoch)}"
         if found.word == "not reproduced":  # the epoch that decided it
             numbers = f", {found.reason.split(';')[0]}"
-        parts.append(f"{row.published.name} is {found}{numbers}")
+        parts.append(f"{row.published.name} is {found}{numbers}{_alike(row, ', ')}")
     return "; ".join(parts) + "."
+
+
+def _outside(row: Row, published: PublishedRow, epoch: int, tolerance: float) -> bool:
+    """Our mean and a published value differ by more than the tolerance, rounding aside."""
+    mean = report.mean_interval(row.accuracies(epoch))[0]
+    return abs(mean - published.curve[epoch]) > tolerance + 1e-9
+
+
+def _alike(row: Row, before: str, tolerance: float | None = None) -> str:
+    """ ", would pass as mlp/weak too", or nothing; without "too" where the row itself fails."""
+    tolerance = TOLERANCE[row.published.family] if tolerance is None else tolerance
+    names = " and ".join(other.name for other in passes_as(row, tolerance))
+    if not names:
+        return ""
+    fails = any(_outside(row, row.published, e, tolerance) for e in row.compared)
+    return f"{before}would pass as {names}{'' if fails else ' too'}"
+
+
+def _weaknesses(row: Row, tolerance: float) -> str:
+    wide = [e for e in row.compared if report.mean_interval(row.accuracies(e))[1] > tolerance]
+    where = f"; interval wider than the tolerance at epoch {', '.join(map(str, wide))}"
+    return _alike(row, "; ", tolerance) + (where if wide else "")
 
 
 def _against(row: Row, epoch: int) -> str:
@@ -288,6 +341,7 @@ def results_table(rows: Iterable[Row]) -> DataFrame:
     Best is the highest test accuracy of all epochs, as published; last is the row's primary figure.
     Both are given for the epochs that our runs have, with these in brackets, run by run where runs
     differ in length; the comparison is made at the latest published epoch that all runs have.
+    "Would pass as" names the other rows that :func:`passes_as` finds.
     """
     import pandas as pd
 
@@ -316,7 +370,12 @@ def results_table(rows: Iterable[Row]) -> DataFrame:
             "our last (epoch)": _with_epochs(lasts, alike),
         }
         name = {"regularizer": row.label}
-        lines.append(name | published | there | ours | {"verdict": str(found)})
+        others = ", ".join(LABELS[other.method] for other in passes_as(row)) or "no other row"
+        said = {
+            "verdict": str(found),
+            "would pass as": others if row.judged and values else "-",
+        }
+        lines.append(name | published | there | ours | said)
     table = pd.DataFrame(lines).set_index("regularizer").T
     return table.rename_axis(index="test accuracy (%)", columns=None)
 
