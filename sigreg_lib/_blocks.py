@@ -48,7 +48,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotary(q).to(v.dtype), rotary(k).to(v.dtype)
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-        # On a CPU the fused kernel's backward takes several times as long as plain products.
+        # On some CPUs the fused kernel's backward takes several times as long as plain products.
         attend = _attend if x.device.type == "cpu" else F.scaled_dot_product_attention
         return self.projection(attend(q, k, v).transpose(1, 2).flatten(2))
 
