@@ -255,7 +255,11 @@ class WeakSIGReg(nn.Module):
 
     @classmethod
     def corrected(cls, sketch_dim: int = 64, **options) -> WeakSIGReg:
-        """Mode ``corrected``: orthonormal sketch, unbiased estimate of the squared norm."""
+        """Mode ``corrected``: orthonormal sketch, unbiased estimate of the squared norm.
+
+        On the scale of a square: collapse costs K, the goal 0, and the gradient is 2R times that of
+        the norm R, so that a lam of 0.1 becomes about 0.007 at R = 7.
+        """
         return cls(sketch_dim, sketch="orthonormal", squared=True, unbiased=True, **options)
 
     def matrix(self, z: Tensor) -> Tensor | None:
