@@ -51,10 +51,7 @@ def expected_square(
     """
     if not scale >= 0:
         raise ValueError(f"scale is a variance: it must be >= 0, not {scale!r}")
-    k = _columns(n_channels, sketch_dim)
-    v = weak_floor(
-        n_samples, n_channels, sketch_dim, sketch=sketch, squared=True, unbiased=unbiased
-    )
+    k, v = _columns_and_floor(n_samples, n_channels, sketch_dim, sketch, unbiased)
     return scale**2 * (k + v) - 2 * scale * k + k
 
 
@@ -74,10 +71,7 @@ def best_scale(
 
     Args, raises: as :func:`sigreg_lib.weak_floor`, the square being meant.
     """
-    k = _columns(n_channels, sketch_dim)
-    v = weak_floor(
-        n_samples, n_channels, sketch_dim, sketch=sketch, squared=True, unbiased=unbiased
-    )
+    k, v = _columns_and_floor(n_samples, n_channels, sketch_dim, sketch, unbiased)
     return k / (k + v)
 
 
@@ -229,6 +223,16 @@ def interpolated_trace(ranks: Sequence[int], eigenvalues: Sequence[float]) -> fl
 def _columns(n_channels: int, sketch_dim: int | None) -> int:
     """K, or C where no sketch is used."""
     return n_channels if sketch_dim is None else min(sketch_dim, n_channels)
+
+
+def _columns_and_floor(
+    n_samples: int, n_channels: int, sketch_dim: int | None, sketch: str, unbiased: bool
+) -> tuple[int, float]:
+    """K, and the mean of R^2 at s = 1: the coefficients of every mean here."""
+    options = {"sketch": sketch, "squared": True, "unbiased": unbiased}
+    return _columns(n_channels, sketch_dim), weak_floor(
+        n_samples, n_channels, sketch_dim, **options
+    )
 
 
 def _deviation(y: Tensor) -> Tensor:

@@ -30,18 +30,14 @@ from sigreg_lib.tables.rows import (
     LABELS,
     TOLERANCE,
     Row,
-    Verdict,
     caption,
     collect,
     curve_table,
-    passes_as,
-    results_table,
     sources,
-    statement,
     train_family,
-    verdict,
     whence,
 )
+from sigreg_lib.tables.verdicts import Verdict, passes_as, results_table, statement, verdict
 
 __all__ = [
     "LABELS",

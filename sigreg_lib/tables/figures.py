@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sigreg_lib import report
 from sigreg_lib.records import Record, spectrum_ranks
-from sigreg_lib.tables.rows import Row, verdict
+from sigreg_lib.tables.rows import Row
+from sigreg_lib.tables.verdicts import verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
