@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,25 +138,37 @@ def characteristic_deviation(
     return _CharacteristicDeviation.apply(z, directions, t_max, points, unbiased, gather)
 
 
-@functools.lru_cache(maxsize=64)
-def _grid_values(t_max: float, points: int) -> np.ndarray:
-    t = np.arange(1, points + 1) * (t_max / points)
-    gauss = np.exp(-t * t / 2)
-    weight = 2 * (t_max / points) * gauss
-    weight[-1] /= 2
-    return np.stack([t, gauss, weight])
+class _Grid(NamedTuple):
+    """The positive points of a grid, each (points, 1) so as to act on (points, rows).
+
+    ``slope`` is i times what turns a deviation at t into its part of the gradient, 2 t weight.
+    """
+
+    t: Tensor
+    gauss: Tensor
+    weight: Tensor  # of the trapezoid rule times exp(-t^2/2), doubled for the negative points
+    slope: Tensor
 
 
-def _grid(t_max: float, points: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Positive points t, exp(-t^2/2), and trapezoid weight times exp(-t^2/2), doubled."""
+def _grid(t_max: float, points: int, like: Tensor) -> _Grid:
     if like.device.type == "cpu":
-        return tuple(torch.tensor(_grid_values(float(t_max), points), dtype=like.dtype))
+        return _kept_grid(float(t_max), points, like.dtype)
     # elsewhere computed there: a copy from the host would wait, and cannot be captured in a graph
-    j = torch.arange(1, points + 1, dtype=like.dtype, device=like.device)
+    return _make_grid(t_max, points, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_grid(t_max: float, points: int, dtype: torch.dtype) -> _Grid:
+    with torch.inference_mode(False):  # or no later gradient could go through it
+        return _make_grid(t_max, points, dtype, torch.device("cpu"))
+
+
+def _make_grid(t_max: float, points: int, dtype: torch.dtype, device: torch.device) -> _Grid:
+    j = torch.arange(1, points + 1, dtype=dtype, device=device)[:, None]
     t = j * (t_max / points)
     gauss = torch.exp(-t.square() / 2)
-    weight = 2 * (t_max / points) * gauss * torch.where(j == points, 0.5, 1.0).to(like.dtype)
-    return t, gauss, weight
+    weight = 2 * (t_max / points) * gauss * torch.where(j == points, 0.5, 1.0).to(dtype)
+    return _Grid(t, gauss, weight, torch.complex(torch.zeros_like(t), 2 * t * weight))
 
 
 def _project(z: Tensor, directions: Tensor, dt: float) -> Tensor:
@@ -164,14 +176,16 @@ def _project(z: Tensor, directions: Tensor, dt: float) -> Tensor:
 
     Sums over samples then run along memory.
     """
-    return ((directions.T * dt) @ z.reshape(-1, z.shape[-1]).T).view(-1, z.shape[-2])
+    flat = z.reshape(-1, z.shape[-1])
+    angles = torch.addmm(z.new_zeros(()), directions.T, flat.T, beta=0, alpha=dt)
+    return angles.view(-1, z.shape[-2])
 
 
 def _characteristic_expression(
     z: Tensor, directions: Tensor, t_max: float, points: int, unbiased: bool
 ) -> Tensor:
     n = z.shape[-2]
-    t, gauss, weight = _grid(t_max, points, z)
+    t, gauss, weight, _ = (each.squeeze(-1) for each in _grid(t_max, points, z))
     angle = (z @ directions)[..., None] * t
     real, imag = torch.cos(angle).mean(-3), torch.sin(angle).mean(-3)  # (..., K, points)
     square = (real - gauss).square() + imag.square()
@@ -190,29 +204,32 @@ def _rows_with_gradient(
     for m_j = mean_n w^j - g_j the gradient is sum_j 2 W_j t_j Re(i conj(m_j) w^j). Memory O(R N).
     """
     n = sample_count(rows.shape[-1], rows.device, gather)
-    t, gauss, weight = _grid(t_max, points, rows)
-    gauss, weight = gauss[:, None], weight[:, None]
-    values = rows.new_empty(len(rows))
-    on_cpu = rows.device.type == "cpu"
-    share = max(1, n // process_count(gather))  # the same everywhere, as the sums must be
-    at_once = _CHUNK * torch.get_num_threads()
-    size = max(1, min(len(rows), at_once // share)) if on_cpu else len(rows)
-    for start in range(0, len(rows), size):
-        angle = rows[start : start + size]
+    grid = _grid(t_max, points, rows)
+    size = len(rows)
+    if rows.device.type == "cpu":
+        share = max(1, n // process_count(gather))  # the same everywhere, as the sums must be
+        size = max(1, min(size, _CHUNK * torch.get_num_threads() // share))
+    values = []
+    for angle in rows.split(size):
         powers = _powers(angle, points)  # (points, rows, N)
-        phi = sum_over_processes(torch.view_as_real(powers.sum(-1)), gather) / n
-        slope = phi.clone() if unbiased else phi
-        slope[..., 0] -= gauss
-        square = slope.square().sum(-1)
+        phi = powers.sum(-1)
+        if process_count(gather) > 1:
+            phi = torch.view_as_complex(sum_over_processes(torch.view_as_real(phi), gather))
+        phi /= n
+        slope = phi - grid.gauss
+        square = torch.view_as_real(slope).square()  # (points, rows, 2)
+        value = (square.view(points, -1).T @ (n * grid.weight)).view(-1, 2).sum(-1)
         if unbiased:
-            square -= (1 - phi.square().sum(-1)) / (n - 1)
+            variance = 1 - torch.view_as_real(phi).square().sum(-1)
+            value -= (variance * grid.weight).sum(0) * (n / (n - 1))
             slope += phi / (n - 1)
-        values[start : start + size] = (square * (n * weight)).sum(0)
+        values.append(value)
         if with_gradient:  # the angles are not needed any more
-            slope *= (2 * t[:, None] * weight)[..., None]
-            factor = torch.view_as_complex(slope.flip(-1))  # (imag, real): i conj(slope)
-            torch.sum(powers.mul_(factor[..., None]).real, 0, out=angle)
-    return values
+            # physical: a compiled graph calls this operator where a lazy conjugation is not seen
+            slope = slope.conj_physical_().mul_(grid.slope)
+            factor = slope.T.contiguous()[:, None]  # (rows, 1, points)
+            angle.copy_(torch.bmm(factor, powers.transpose(0, 1)).real[:, 0])
+    return torch.cat(values)
 
 
 # One opaque operator in a compiled graph: the compiler's own code for the sums over all grid points
