@@ -22,6 +22,7 @@ def attach(
     on: str = "output",
     pool: str | Callable[[Tensor], Tensor] = "mean",
     weights: Sequence[float] | None = None,
+    columns: Sequence[int] | None = None,
 ) -> Handle:
     """Record what layers of a model compute and regularize it.
 
@@ -37,13 +38,15 @@ def attach(
             for (N, C, H, W) over the two spatial dimensions), ``"class_token"`` the first token,
             ``"tokens"`` all of them as samples, (N * tokens, C); or a callable.
         weights: weight of each layer in the average; default equal.
+        columns: K of each layer, if they differ: a layer takes the first so many columns of the
+            regularizer's random matrix, whose own K must be the largest of them.
 
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.
 
     Raises:
         ValueError: a pattern or module that matches nothing, an unknown option, or a wrong
-            number of weights.
+            number of weights or columns.
 
     Example::
 
@@ -61,7 +64,12 @@ def attach(
             f"weights must be {len(taps)} numbers >= 0 with a positive sum, one for each of "
             f"{', '.join(taps)}; got {list(weights)}"
         )
-    return Handle(model, taps, regularizer, on, pool, weights)
+    if columns is not None and (len(columns) != len(taps) or min(columns) < 1):
+        raise ValueError(
+            f"columns must be {len(taps)} integers >= 1, one for each of {', '.join(taps)}; got "
+            f"{list(columns)}"
+        )
+    return Handle(model, taps, regularizer, on, pool, weights, columns)
 
 
 class Handle:
@@ -71,10 +79,11 @@ class Handle:
     that runs several times in one forward pass counts with its last run.
     """
 
-    def __init__(self, model, taps, regularizer, on, pool, weights) -> None:
+    def __init__(self, model, taps, regularizer, on, pool, weights, columns) -> None:
         self.model, self.regularizer, self.pool = model, regularizer, pool
         self.names: tuple[str, ...] = tuple(taps)
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self.columns = (None,) * len(self.names) if columns is None else tuple(columns)
         self.always = False
         self.features: dict[str, Tensor] = {}
         """Pooled representations of the last forward pass by layer name, (N, C) each."""
@@ -119,13 +128,14 @@ class Handle:
         if matrices is None:
             likes = {z.shape[-1]: z for z in taken}
             matrices = {width: self.regularizer.matrix(z) for width, z in likes.items()}
-        groups: dict[torch.Size, list[int]] = {}
+        groups: dict[tuple[torch.Size, int | None], list[int]] = {}
         for i, z in enumerate(taken):
-            groups.setdefault(z.shape, []).append(i)
+            groups.setdefault((z.shape, self.columns[i]), []).append(i)
         values: list[Tensor | None] = [None] * len(taken)
-        for shape, members in groups.items():
+        for (shape, columns), members in groups.items():
             stacked = torch.stack([taken[i] for i in members])
-            found = self.regularizer.values(stacked, matrices[shape[-1]])
+            matrix = _first_columns(matrices[shape[-1]], columns, shape[-1])
+            found = self.regularizer.values(stacked, matrix)
             for i, value in zip(members, found.unbind(), strict=True):
                 values[i] = value
         return torch.stack(values)
@@ -178,6 +188,19 @@ def pool_features(value: Tensor, pool: str | Callable[[Tensor], Tensor]) -> Tens
     if pool == "mean":
         return value.mean(1)
     return value[:, 0] if pool == "class_token" else value.flatten(0, 1)
+
+
+def _first_columns(matrix: Tensor | None, columns: int | None, channels: int) -> Tensor | None:
+    """A layer's share of the random matrix; None where it has no sketch."""
+    if columns is None or (matrix is None and columns >= channels):
+        return matrix
+    held = 0 if matrix is None else matrix.shape[1]
+    if columns > held:
+        raise ValueError(
+            f"columns: a layer of {channels} channels asks for {columns} of a random matrix "
+            f"{f'of {held} columns' if held else 'that is not drawn (C <= K)'}"
+        )
+    return matrix[:, :columns]
 
 
 def _find(model: nn.Module, layers) -> dict[str, nn.Module]:

@@ -49,7 +49,7 @@ class Recipe:
     lam: float = 0.1
     convex: bool = True
     mode: Literal["paper", "squared", "orthonormal", "unbiased", "corrected"] = "paper"
-    sketch_dim: int = 64
+    sketch_dim: int | tuple[int, ...] = 64  # of every tapped layer, or one each
     resample: bool = True
     strong_grid: Literal["paper", "lejepa"] = "paper"
 
@@ -89,8 +89,9 @@ class Recipe:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), HINTS[field.name])
         for name in ("width", "depth", "sketch_dim", "patch", "heads", "batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if min(value, default=0) < 1 if isinstance(value, tuple) else value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value!r}")
         for name in ("lr", "lr_min", "weight_decay", "holdout", "lam"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0, not {getattr(self, name)!r}")
@@ -146,6 +147,11 @@ class Recipe:
             cutmix_alpha=self.cutmix_alpha,
         )
 
+    @property
+    def columns(self) -> tuple[int, ...] | None:
+        """K of each tapped layer where they differ, for :func:`sigreg_lib.attach.attach`."""
+        return self.sketch_dim if isinstance(self.sketch_dim, tuple) else None
+
     def build_regularizer(
         self, generator: torch.Generator | None = None, *, seed: int = 0
     ) -> nn.Module | None:
@@ -155,9 +161,10 @@ class Recipe:
         """
         options = {"resample": self.resample, "generator": generator, "seed": seed}
         unbiased = self.mode in ("unbiased", "corrected")
+        most = max(self.columns or (self.sketch_dim,))
         if self.regularizer == "weak":
             return WeakSIGReg(
-                self.sketch_dim,
+                most,
                 sketch="orthonormal" if self.mode in ("orthonormal", "corrected") else "gaussian",
                 squared=unbiased or self.mode == "squared",
                 unbiased=unbiased,
@@ -165,7 +172,7 @@ class Recipe:
             )
         if self.regularizer == "strong":
             t_max, n_points = STRONG_GRIDS[self.strong_grid]
-            return SIGReg(self.sketch_dim, t_max, n_points, unbiased=unbiased, **options)
+            return SIGReg(most, t_max, n_points, unbiased=unbiased, **options)
         return None
 
     def learning_rate(self, epoch: int) -> float:

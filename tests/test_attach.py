@@ -201,6 +201,42 @@ def test_the_values_of_an_attention_module_are_taken_and_not_its_weights():
     torch.testing.assert_close(handle.features["attention"], expected)
 
 
+# ---------------------------------------------------------------- one K a layer
+
+
+@pytest.mark.parametrize("kind", ["weak", "strong"])
+def test_a_layer_of_k_columns_sees_the_first_k_of_the_common_matrix(kind):
+    names, columns = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"], [2, 5, 2, 3]
+    net, x = Net(), inputs(12, 4)
+    make, draw, single = {
+        "weak": (WeakSIGReg, gaussian, weak_sigreg),
+        "strong": (SIGReg, directions, strong_sigreg),
+    }[kind]
+    handle = attach(net, names, make(5, generator=seeded(2)), columns=columns)
+    net(x)
+    found, seen, g = handle.losses(), outputs(net, names, x), seeded(2)
+    matrices = {c: draw(c, 5, generator=g) for c in (6, 9)}
+    expected = [
+        single(z, matrices[z.shape[-1]][:, :k]) for z, k in zip(seen.values(), columns, strict=True)
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_a_k_that_no_matrix_can_give_is_refused():
+    net, x = Net(), inputs(12, 4)
+    with pytest.raises(ValueError, match=r"columns must be 2 integers >= 1.*blocks\.0, blocks\.1"):
+        attach(net, ["blocks.0", "blocks.1"], WeakSIGReg(5), columns=[2])
+    for k, columns, reason in (
+        (3, [2, 5], "asks for 5 of a random matrix of 3 columns"),
+        (64, [2, 5], "asks for 2 of a random matrix that is not drawn"),
+    ):
+        handle = attach(net, ["blocks.0", "blocks.1"], WeakSIGReg(k), columns=columns)
+        net(x)
+        with pytest.raises(ValueError, match=reason):
+            handle.loss()
+        handle.remove()
+
+
 # ---------------------------------------------------------------- what it costs
 
 

@@ -105,6 +105,15 @@ def test_regularizers_are_built_as_named():
     assert RECIPES["vit/none"].build_regularizer() is None
 
 
+def test_k_can_be_given_for_each_layer_and_the_regularizer_draws_the_largest():
+    recipe = RECIPES["digits/weak"].override(sketch_dim=[8, 32, 16])
+    assert recipe.columns == (8, 32, 16) and RECIPES["digits/weak"].columns is None
+    assert recipe.build_regularizer().source.n_columns == 32
+    for wrong in ([8, 0], []):
+        with pytest.raises(ValueError, match="sketch_dim must be at least 1"):
+            RECIPES["digits/weak"].override(sketch_dim=wrong)
+
+
 def test_overrides_are_told_apart_from_the_named_recipe():
     changed = RECIPES["vit/weak"].override(lam=0.3, clip_norm=1.0, heads=8)
     assert changed.differences() == {"lam": 0.3, "clip_norm": 1.0}

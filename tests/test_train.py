@@ -14,6 +14,7 @@ from helpers import ROOT, seeded
 
 from sigreg_lib import records
 from sigreg_lib.data import ImageData, load
+from sigreg_lib.losses import weak_floor
 from sigreg_lib.recipes import RECIPES
 from sigreg_lib.train import Run, Trainer, run, sweep, train
 from sigreg_lib.train.sweep import summary
@@ -153,6 +154,13 @@ def test_the_digits_are_learned_and_the_record_tells_it(tmp_path):
     assert len(record.layers["spectrum"][-1][0]) == len(records.spectrum_ranks(128))
     # the floor of Weak at N = 128, C = 128, K = 64: above the sqrt(64) of total collapse
     assert record.history["regularizer_floor"][0] == pytest.approx(8.09, abs=0.01)
+
+
+def test_the_floor_of_layers_with_different_k_is_the_mean_of_theirs():
+    recipe = RECIPES["digits/weak"].override(depth=3, sketch_dim=[8, 64, 16])
+    floors = [weak_floor(128, 128, k) for k in (8, 64, 16)]
+    trainer = Trainer(recipe, load("digits"), seed=0, compile=False)
+    assert trainer.floor() == pytest.approx(sum(floors) / 3, rel=1e-12)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):

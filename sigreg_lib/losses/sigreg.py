@@ -276,12 +276,15 @@ class WeakSIGReg(nn.Module):
             gather_distributed=self.gather_distributed,
         )
 
-    def floor(self, n_samples: int, n_channels: int) -> float:
-        """Expected value for a whitened Gaussian batch; see :func:`weak_floor`."""
+    def floor(self, n_samples: int, n_channels: int, sketch_dim: int | None = None) -> float:
+        """Expected value for a whitened Gaussian batch; see :func:`weak_floor`.
+
+        ``sketch_dim``: K if it differs from the module's.
+        """
         return weak_floor(
             n_samples,
             n_channels,
-            self.source.n_columns,
+            sketch_dim or self.source.n_columns,
             sketch=self.source.kind,
             squared=self.squared,
             unbiased=self.unbiased,
@@ -350,8 +353,8 @@ class SIGReg(nn.Module):
             gather_distributed=self.gather_distributed,
         )
 
-    def floor(self, n_samples: int, n_channels: int) -> float:
-        """Expected value for a Gaussian batch, whatever its size; see :func:`strong_floor`."""
+    def floor(self, n_samples: int, n_channels: int, sketch_dim: int | None = None) -> float:
+        """Expected value for a Gaussian batch of any size and K; see :func:`strong_floor`."""
         return strong_floor(t_max=self.t_max, n_points=self.n_points, unbiased=self.unbiased)
 
     def forward(self, z: Tensor) -> Tensor:

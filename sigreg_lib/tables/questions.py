@@ -177,8 +177,10 @@ def levels(recipe: Recipe) -> dict[str, float]:
     to a smaller variance s*, where the root of E R^2 is :math:`\sqrt{K (1 - s^*)}`.
 
     Raises:
-        ValueError: the recipe has no regularizer.
+        ValueError: the recipe has no regularizer, or a K for each layer.
     """
+    if recipe.columns:
+        raise ValueError(f"R has no marks common to layers of K = {recipe.sketch_dim}")
     n, c, k = recipe.batch_size, recipe.width, recipe.sketch_dim
     regularizer = recipe.build_regularizer(seed=0)
     if regularizer is None:

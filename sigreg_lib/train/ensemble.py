@@ -45,6 +45,7 @@ def check_batched(recipe: Recipe, compile: bool | None = None) -> None:
         f"regularizer={recipe.regularizer!r}: only none, weak and strong take a matrix a seed": (
             recipe.regularizer not in ("none", "weak", "strong")
         ),
+        "sketch_dim: one K a layer is for separate runs": recipe.columns,
         "compile=True: batched steps are not compiled": compile,
     }
     for reason, holds in reasons.items():

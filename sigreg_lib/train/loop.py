@@ -82,7 +82,12 @@ class Trainer:
                 f"{len(data.train_images)} images: too few for a covariance, choose another"
             )
         self.handle = attach(
-            self.model, recipe.taps, self.regularizer, on=recipe.tap_on, pool=recipe.pool
+            self.model,
+            recipe.taps,
+            self.regularizer,
+            on=recipe.tap_on,
+            pool=recipe.pool,
+            columns=recipe.columns,
         )
         widths = {z.shape[-1] for z in self._look(data.train_images[:2])[1]}
         self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
@@ -322,7 +327,10 @@ class Trainer:
             return None
         _, features = self._look(self.data.train_images[:2])
         n = self.recipe.batch_size * (len(features[0]) // 2)
-        floors = [self.regularizer.floor(n, z.shape[-1]) for z in features]
+        floors = [
+            self.regularizer.floor(n, z.shape[-1], columns)
+            for z, columns in zip(features, self.handle.columns, strict=True)
+        ]
         return sum(floors) / len(floors)
 
 

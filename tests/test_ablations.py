@@ -1,0 +1,123 @@
+import math
+
+import matplotlib
+import pytest
+from matplotlib.figure import Figure
+
+from sigreg_lib import ablations
+from sigreg_lib.ablations import cell_values, grid, heat_map, outcome, paired, rows, study
+from sigreg_lib.records import HISTORY, Record
+from sigreg_lib.train import Run
+
+matplotlib.use("Agg")
+
+
+def finished(run: Run, accuracies: list[float], *, status="finished", planned=None) -> Record:
+    n = len(accuracies)
+    recipe = run.resolve().override(epochs=planned or n)
+    history = {name: [0.5] * n for name in HISTORY}
+    history |= {"epoch": list(range(1, n + 1)), "test_accuracy": accuracies}
+    history |= {"regularizer": [7.0] * n, "regularizer_floor": [6.0] * n}
+    return Record(
+        recipe=recipe.name,
+        overrides=recipe.differences(),
+        config=recipe.as_dict(),
+        seed=run.seed,
+        dataset="digits",
+        epochs_planned=recipe.epochs,
+        history=history,
+        layers={"names": ["a", "b"], "epoch": [1, n], "weak": [[5.0, 6.0], [3.0, 4.0]]},
+        status=status,
+    )
+
+
+def two_epochs(k, seed):
+    return Run("digits/weak", seed, {"sketch_dim": k, "epochs": 2})
+
+
+RUNS = [two_epochs(k, seed) for k in (4, 8) for seed in (0, 1)]
+
+
+def three_of_four():
+    """K = 4 with seeds 0 and 1, K = 8 with seed 1 only."""
+    values = {0: [10.0, 20.0], 1: [40.0, 30.0], 3: [5.0, 50.0]}
+    return rows(RUNS, {RUNS[i].name: finished(RUNS[i], a) for i, a in values.items()})
+
+
+def test_a_grid_is_every_combination_with_every_seed():
+    runs = grid("digits/weak", [0, 1], sketch_dim=[4, 8], batch_size=[32, 64])
+    assert len({run.name for run in runs}) == len(runs) == 8
+    assert runs[2].overrides == {"sketch_dim": 4, "batch_size": 64} and runs[2].seed == 0
+
+
+def test_the_table_has_a_row_a_run_the_settings_that_differ_and_no_guess():
+    frame = three_of_four()
+    assert list(frame["sketch_dim"]) == [4, 4, 8, 8] and "batch_size" not in frame
+    assert list(frame["status"]) == ["done", "done", "missing", "done"]
+    assert cell_values(frame, "accuracy", sketch_dim=4) == [20.0, 30.0]
+    assert cell_values(frame, "best", sketch_dim=4) == [20.0, 40.0]
+    assert math.isnan(frame["accuracy"][2])
+    assert list(frame["probe"][[0, 1, 3]]) == [3.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("record", "epochs", "status"),
+    [
+        (None, None, "missing"),
+        (finished(RUNS[0], [10.0], status="partial", planned=2), None, "partial"),
+        (finished(RUNS[0], [10.0, 20.0], status="diverged", planned=3), None, "diverged"),
+        (finished(RUNS[0], [10.0], status="partial", planned=2), 1, "done"),
+    ],
+)
+def test_only_a_run_that_came_to_its_end_has_figures(record, epochs, status):
+    found = outcome(record, epochs)
+    assert found["status"] == status
+    assert math.isnan(found["accuracy"]) == (status != "done")
+
+
+def test_differences_are_of_runs_of_the_same_seed():
+    frame = three_of_four()
+    assert paired(frame, "accuracy", {"sketch_dim": 8}, {"sketch_dim": 4}) == [20.0]
+    with pytest.raises(ValueError, match="more than one setting"):
+        paired(frame, "accuracy", {}, {"sketch_dim": 4})
+
+
+def test_a_record_of_other_settings_is_refused():
+    with pytest.raises(ValueError, match="has other settings"):
+        rows(RUNS, {RUNS[0].name: finished(two_epochs(16, 0), [1.0, 2.0])})
+
+
+def test_a_heat_map_says_mean_interval_and_why_a_cell_is_empty():
+    frame = three_of_four()
+    frame["batch_size"] = 128
+    ax = Figure().subplots()
+    options = {"x": "sketch_dim", "y": "batch_size", "value": "accuracy", "lines": [128]}
+    heat_map(ax, frame, **options, columns=[4, 8, 16, 32], reasons={(32, 128): "as K = 16"})
+    texts = {text.get_text() for text in ax.texts}
+    # t quantile 12.71 times the deviation 7.07 over the root of 2
+    assert texts == {"25.0\n±63.5", "50.0\nn = 1", "missing", "as K = 16"}
+
+
+def test_a_study_trains_what_is_missing_and_reads_the_rest(tmp_path):
+    small = {"width": 16, "depth": 2, "epochs": 1}
+    runs = grid("digits/weak", [0], sketch_dim=[4, 8], **{k: [v] for k, v in small.items()})
+    places = {"records": tmp_path / "r", "checkpoints": tmp_path / "c", "data": "digits"}
+    options = {"records": tmp_path / "r"}
+    with pytest.raises(ValueError, match="no folder of records"):
+        study(runs, "ks", "recorded", **options)
+    smoke = study(runs, "ks", "smoke", smoke=runs[:1], **places)
+    assert list(smoke["status"]) == ["done"] and not (tmp_path / "r").exists()
+    made = study(runs[:1], "ks", "cpu", **places)
+    read = study(runs, "ks", "recorded", **options)
+    assert list(read["status"]) == ["done", "missing"]
+    assert read["accuracy"][0] == made["accuracy"][0]
+    path = tmp_path / "r" / "ks" / f"{runs[0].name}.json"
+    before = path.read_bytes()
+    assert list(study(runs, "ks", "cpu", **places)["status"]) == ["done", "done"]
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="budget='none'"):
+        study(runs, "ks", "none", **options)
+
+
+def test_every_outcome_is_there_for_every_run():
+    assert set(outcome(None)) == set(ablations.OUTCOMES)
