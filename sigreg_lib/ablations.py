@@ -56,8 +56,8 @@ def study(
         options: for :func:`~sigreg_lib.train.sweep` (data, device, workers, checkpoints, ...).
 
     Returns:
-        columns ``run``, ``recipe``, ``seed``, every setting that differs between the runs, and
-        :data:`OUTCOMES`, see :func:`outcome`. A run without a record has status ``missing``.
+        columns ``run``, ``recipe``, ``seed``, every setting of the recipe, and :data:`OUTCOMES`,
+        see :func:`outcome`. A run without a record has status ``missing``.
 
     Raises:
         ValueError: an unknown budget, no folder of records, or a record that is not the run's.
@@ -88,10 +88,9 @@ def rows(runs: Sequence[Run], found: Mapping[str, Record], epochs: int | None = 
     import pandas as pd
 
     configs = [run.resolve().as_dict() for run in runs]
-    differing = [key for key in configs[0] if len({str(c[key]) for c in configs}) > 1]
     lines = []
     for run, config in zip(runs, configs, strict=True):
-        settings = {key: _cell(config[key]) for key in differing if key != "name"}
+        settings = {key: _cell(value) for key, value in config.items() if key != "name"}
         line = {"run": run.name, "recipe": run.recipe, "seed": run.seed, **settings}
         record = found.get(run.name)
         if record is not None and record.config != config:

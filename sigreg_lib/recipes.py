@@ -46,7 +46,7 @@ class Recipe:
     pool: Literal["mean", "class_token", "tokens"] = "mean"
 
     # the objective; a baseline of the released settings keeps the factor (1 - lam)
-    lam: float = 0.1
+    lam: float | Literal["auto"] = 0.1  # auto: found in the first steps, see train.balance
     convex: bool = True
     mode: Literal["paper", "squared", "orthonormal", "unbiased", "corrected"] = "paper"
     sketch_dim: int | tuple[int, ...] = 64  # of every tapped layer, or one each
@@ -93,9 +93,12 @@ class Recipe:
             if min(value, default=0) < 1 if isinstance(value, tuple) else value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value!r}")
         for name in ("lr", "lr_min", "weight_decay", "holdout", "lam"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and >= 0, not {getattr(self, name)!r}")
-        if self.convex and self.lam > 1:
+            value = getattr(self, name)
+            if value != "auto" and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and >= 0, not {value!r}")
+        if self.lam == "auto" and self.regularizer == "none":
+            raise ValueError("lam='auto' weighs a regularizer, and regularizer='none' has none")
+        if self.lam != "auto" and self.convex and self.lam > 1:
             raise ValueError(f"lam must lie in [0, 1] when convex, not {self.lam!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or none, not {self.clip_norm!r}")
@@ -249,11 +252,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if any(_fits(value, option) for option in options):
         return
     words = [w for option in options for w in typing.get_args(option) if isinstance(w, str)]
-    if words and isinstance(value, str):
+    others = [option for option in options if typing.get_origin(option) is not Literal]
+    if words and isinstance(value, str) and not others:
         near = nearest(value, words)
         raise ValueError(f"{name} is one of {', '.join(words)}, not {value!r}; meant {near!r}?")
-    kind = " or ".join(getattr(o, "__name__", str(o)).replace("NoneType", "none") for o in options)
-    raise ValueError(f"{name} must be {' | '.join(words) or kind}, not {value!r}")
+    kinds = [getattr(o, "__name__", str(o)).replace("NoneType", "none") for o in others]
+    raise ValueError(f"{name} must be {' or '.join([*kinds, *words])}, not {value!r}")
 
 
 _CIFAR_MEAN, _CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

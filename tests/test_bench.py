@@ -10,6 +10,7 @@ from sigreg_lib import _blocks, bench, weak_floor
 from sigreg_lib.__main__ import main
 from sigreg_lib.bench import steps, timing
 from sigreg_lib.bench.losses import loss_functions
+from sigreg_lib.bench.profile import kind_of
 from sigreg_lib.bench.steps import count_operations, fake_images
 from sigreg_lib.recipes import RECIPES
 from sigreg_lib.train.loop import Trainer
@@ -30,6 +31,31 @@ def test_a_short_call_is_repeated_within_a_round(monkeypatch):
     times = bench.alternate({"a": lambda: calls.append(1)}, rounds=2, at_least=0.01)
     assert len(calls) == 2 + 2 * 10
     assert times["a"] == pytest.approx([1e-4] * 2)
+
+
+@pytest.mark.parametrize(
+    ("event", "kind"),
+    [
+        ("aten::addmm", "products"),
+        ("mkldnn::_linear_pointwise", "products"),
+        ("aten::_fused_adamw_", "update"),
+        ("aten::mul_", "norm and clipping"),
+        ("aten::mul", "elementwise and other"),
+        ("## Call CompiledFxGraph f12 ##", "compiled, between products"),
+        ("_CovarianceDeviation", "Python and autograd"),
+        ("autograd::engine::evaluate_function: MmBackward0", "Python and autograd"),
+    ],
+)
+def test_operators_are_of_a_kind_by_their_name(event, kind):
+    assert kind_of(event) == kind
+
+
+def test_a_profile_shares_out_all_of_the_time():
+    a = torch.ones(600, 600)
+    found = bench.profile(lambda: a @ a + a, repeats=3)
+    assert sum(found["share"].values()) == pytest.approx(1.0)
+    assert next(iter(found["share"])) == "products"  # 4e8 operations against 4e5
+    assert found["operators"] >= 3  # matmul, mm, add
 
 
 def test_no_round_is_refused():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sigreg_lib.bench.losses import bench_cases, bench_losses, bench_scaling
+from sigreg_lib.bench.profile import bench_profile, profile
 from sigreg_lib.bench.steps import (
     FAMILIES,
     bench_epoch,
@@ -35,18 +36,20 @@ __all__ = [
     "bench_epoch",
     "bench_losses",
     "bench_products",
+    "bench_profile",
     "bench_scaling",
     "bench_steps",
     "bench_variants",
     "extra_memory",
     "plain",
+    "profile",
     "ratio",
     "run",
     "table",
     "targets",
 ]
 
-PARTS = ("losses", "scaling", "products", "steps", "variants", "epoch")
+PARTS = ("losses", "scaling", "products", "steps", "variants", "epoch", "profile")
 
 
 def run(
@@ -56,9 +59,9 @@ def run(
 
     Args:
         parts: of ``losses``, ``scaling`` (against C and K), ``products`` (the machine's speed),
-            ``steps``, ``variants`` (of the vit's step), ``epoch``.
+            ``steps``, ``variants`` (of the vit's step), ``epoch``, ``profile`` (operators by kind).
         rounds: default 31 for losses, 15 for scaling and products, 7 for steps and variants,
-            5 for epochs.
+            5 for epochs, 3 for profiles.
         device: ``cpu`` or ``cuda``; there is no plain step on a GPU.
 
     Returns:
@@ -81,6 +84,7 @@ def run(
         "steps": lambda: [bench_steps(family, **options) for family in FAMILIES],
         "variants": lambda: bench_variants(**options),
         "epoch": lambda: [bench_epoch(f"{family}/weak", **options) for family in FAMILIES],
+        "profile": lambda: bench_profile(**options),
     }
     return {part: as_part(measure[part](), device) for part in parts}
 
@@ -135,6 +139,10 @@ def table(found: Mapping[str, Any]) -> list[str]:
             share = f"{100 * seconds / row['epoch']:.1f}%"
             name = f"{row['recipe']} epoch, {name}"
             rows.append((name, "", f"{1e3 * seconds:.0f}", share, "of the epoch", "", ""))
+    for row in part("profile"):
+        for kind, share in row["share"].items():
+            name = f"{row['what']}, {kind}"
+            rows.append((name, "", "", f"{100 * share:.0f}%", "of our time", "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -134,13 +134,16 @@ def strong_values(
         )
 
 
-def combine(task: Tensor, regularizer: Tensor, lam: float, *, convex: bool = True) -> Tensor:
+def combine(
+    task: Tensor, regularizer: Tensor, lam: float | Tensor, *, convex: bool = True
+) -> Tensor:
     r"""The objective: (1 - lam) task + lam R if convex (released settings), else task + lam R.
 
     Args:
         task: the task's loss, in nats for a cross-entropy; scalar.
         regularizer: R, scalar.
-        lam: weight, dimensionless; in [0, 1] if convex, else >= 0.
+        lam: weight, dimensionless; in [0, 1] if convex, else >= 0. A tensor is not checked: that
+            would wait for its device.
         convex: which of the two.
 
     Raises:
@@ -148,7 +151,7 @@ def combine(task: Tensor, regularizer: Tensor, lam: float, *, convex: bool = Tru
 
     Source: arXiv 2603.05924, text (additive) and released settings (convex).
     """
-    if not 0 <= lam <= (1 if convex else math.inf):
+    if not isinstance(lam, Tensor) and not 0 <= lam <= (1 if convex else math.inf):
         raise ValueError(f"lam must lie in {'[0, 1]' if convex else '[0, inf)'}, not {lam!r}")
     return (1 - lam if convex else 1.0) * task + lam * regularizer
 

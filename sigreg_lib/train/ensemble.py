@@ -27,13 +27,8 @@ from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train import run
 from sigreg_lib.train.capture import CapturedStep, Graph
-from sigreg_lib.train.loop import (
-    AUGMENT_AT_ONCE,
-    Trainer,
-    build_optimizer,
-    load_optimizer,
-    set_learning_rate,
-)
+from sigreg_lib.train.loop import AUGMENT_AT_ONCE, Trainer
+from sigreg_lib.train.optimizer import build_optimizer, load_optimizer, set_learning_rate
 
 
 def check_batched(recipe: Recipe, compile: bool | None = None) -> None:
@@ -46,6 +41,7 @@ def check_batched(recipe: Recipe, compile: bool | None = None) -> None:
             recipe.regularizer not in ("none", "weak", "strong")
         ),
         "sketch_dim: one K a layer is for separate runs": recipe.columns,
+        "lam='auto' is sought in each run by itself": recipe.lam == "auto",
         "compile=True: batched steps are not compiled": compile,
     }
     for reason, holds in reasons.items():

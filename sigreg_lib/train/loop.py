@@ -23,7 +23,9 @@ from sigreg_lib.losses import combine, strong_values, weak_values
 from sigreg_lib.models import build_model, redraw_drop_path
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.sketch import directions, gaussian
+from sigreg_lib.train.balance import Balance
 from sigreg_lib.train.capture import CapturedStep, Graph
+from sigreg_lib.train.optimizer import build_optimizer, load_optimizer, set_learning_rate
 
 AUGMENT_AT_ONCE = 4096  # images; large groups share an operation's overhead
 EVALUATE_AT_ONCE = 500
@@ -90,6 +92,9 @@ class Trainer:
             columns=recipe.columns,
         )
         widths = {z.shape[-1] for z in self._look(data.train_images[:2])[1]}
+        self.balance = None
+        if recipe.lam == "auto":
+            self.balance = Balance(convex=recipe.convex, device=self.device)
         self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
         self.step = torch.compile(self._loss, dynamic=False) if compile else self._loss
         self.whole_step = partial(self._step, self.step)
@@ -108,10 +113,10 @@ class Trainer:
             logits = self.model(x)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _loss(
+    def _parts(
         self, images: Tensor, labels: Tensor, m: Mix | None, matrices: dict[int, Tensor | None]
-    ) -> tuple[Tensor, Tensor]:
-        """The objective, and (task loss, accuracy, objective, R of each layer) without gradient."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Task loss, accuracy, and R of each layer (0 for a baseline)."""
         logits = self._logits(images, m)
         task, correct = cross_entropy(logits, labels), logits.argmax(1) == labels
         accuracy = correct.float().mean()
@@ -125,13 +130,32 @@ class Trainer:
         else:
             r = self.handle.losses(matrices)
         self.handle.clear()
-        loss = combine(task, r.mean(), self.recipe.lam, convex=self.recipe.convex)
+        return task, accuracy, r
+
+    def _loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        m: Mix | None,
+        matrices: dict[int, Tensor | None],
+        lam: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The objective, and (task loss, accuracy, objective, R of each layer) without gradient.
+
+        ``lam``: the weight where the recipe says auto.
+        """
+        task, accuracy, r = self._parts(images, labels, m, matrices)
+        weight = self.recipe.lam if lam is None else lam
+        loss = combine(task, r.mean(), weight, convex=self.recipe.convex)
         return loss, torch.cat([torch.stack([task, accuracy, loss]), r]).detach()
 
     def _update(self, loss: Tensor) -> Tensor:
         """Backward pass and optimizer; returns the gradient's norm before clipping."""
         self.optimizer.zero_grad()
         loss.backward()
+        return self._apply()
+
+    def _apply(self) -> Tensor:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self.recipe.clip_norm is not None:
@@ -145,6 +169,29 @@ class Trainer:
         """All of a step that is captured; returns statistics and the gradient's norm."""
         loss, stats = objective(*inputs)
         return stats, self._update(loss)
+
+    def gradients(self, *inputs: Any) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Gradients of the task and of R, unweighted, one a parameter, and the statistics.
+
+        Takes what :meth:`_loss` takes; the objective in the statistics is not weighted yet.
+        """
+        task, accuracy, r = self._parts(*inputs)
+        own = [
+            torch.autograd.grad(part, self.parameters, retain_graph=True, materialize_grads=True)
+            for part in (task, r.mean())
+        ]
+        stats = torch.cat([torch.stack([task, accuracy, task]), r]).detach()
+        return list(own[0]), list(own[1]), stats
+
+    def _seeking_step(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """A step that also looks at both gradients, for lam='auto'."""
+        task, r, stats = self.gradients(*inputs)
+        self.balance.see(task, r)
+        lam = self.balance.weight()
+        for p, a, b in zip(self.parameters, task, r, strict=True):
+            p.grad = combine(a, b, lam, convex=self.recipe.convex)
+        stats[2] = combine(stats[0], stats[3:].mean(), lam, convex=self.recipe.convex)
+        return stats, self._apply()
 
     def _draw(self, n: int, epoch: int, step: int) -> tuple[Mix | None, dict[int, Tensor | None]]:
         """Mixing and random matrices of a step of n images; drop path is drawn into the model."""
@@ -164,9 +211,14 @@ class Trainer:
 
     def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step; what it returns is overwritten by the next where steps are captured."""
+        inputs = x, y, *self._draw(len(y), epoch, step)
+        if self.balance is not None:
+            if not self.balance.done:
+                return self._seeking_step(*inputs)
+            inputs = *inputs, self.balance.weight()
         if len(y) == self.recipe.batch_size:
-            return self.whole_step(x, y, *self._draw(len(y), epoch, step))
-        return self._step(self._loss, x, y, *self._draw(len(y), epoch, step))
+            return self.whole_step(*inputs)
+        return self._step(self._loss, *inputs)
 
     # -------------------------------------------------------------- one epoch
 
@@ -312,12 +364,15 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What the next epoch depends on; its draws start from (seed, epoch)."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state if self.balance is None else state | {"balance": self.balance.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state`."""
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
+        if self.balance is not None:
+            self.balance.load_state(state["balance"])
         if isinstance(self.whole_step, CapturedStep):
             self.whole_step.forget()
 
@@ -332,31 +387,3 @@ class Trainer:
             for z, columns in zip(features, self.handle.columns, strict=True)
         ]
         return sum(floors) / len(floors)
-
-
-def build_optimizer(
-    recipe: Recipe, parameters: list[Tensor], *, on_device: bool
-) -> torch.optim.Optimizer:
-    """The recipe's optimizer; ``on_device`` puts its learning rate into a tensor there."""
-    lr: float | Tensor = recipe.lr
-    if on_device:
-        lr = torch.tensor(lr, dtype=torch.float32, device=parameters[0].device)
-    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer]
-    return make(parameters, lr=lr, weight_decay=recipe.weight_decay, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """In place where it is a tensor: a captured step reads it there."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over a state, but not where its learning rate lay: it may be of another device."""
-    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, options in zip(optimizer.param_groups, own, strict=True):
-        group.update(options)

@@ -114,6 +114,8 @@ def train(
             trained = trainer.train_epoch(epoch - 1, progress)
         outcome = conclude(trainer, trained, epoch, every=evaluate_every, last=epoch == stop)
         append(record, outcome, floor, time.perf_counter() - start)
+        if trainer.balance is not None and trainer.balance.done:
+            record.provenance["lam"] = records.round_floats(trainer.balance.weight().item())
         save(checkpoint, trainer.state() | {"record": record.to_json()})
         record.write(path)
         say(line(record, stop))
