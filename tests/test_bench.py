@@ -1,6 +1,8 @@
 import itertools
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import seeded
@@ -65,7 +67,17 @@ def test_no_round_is_refused():
 
 def test_ratio_is_the_median_over_rounds_of_the_ratio_within_a_round():
     times = {"slow": [2.0, 40.0, 6.0, 9.0, 5.0], "fast": [1.0, 10.0, 2.0, 3.0, 5.0]}
-    assert bench.ratio(times, "slow", "fast") == {"median": 3.0, "low": 2.0, "high": 3.0}
+    found = bench.ratio(times, "slow", "fast")
+    assert found == {"median": 3.0, "low": 2.0, "high": 3.0, "least": 1.0, "most": 4.0}
+
+
+def test_the_interval_of_a_median_covers_it_in_95_of_100_cases():
+    g, inside = np.random.default_rng(3), []
+    for _ in range(2000):
+        times = {"a": g.exponential(size=42), "b": np.ones(42)}
+        found = bench.ratio(times, "a", "b")
+        inside.append(found["least"] <= math.log(2) <= found["most"])
+    assert 0.94 < np.mean(inside) < 0.98
 
 
 def test_extra_memory_is_the_peak_not_the_sum():
@@ -237,8 +249,8 @@ def test_a_target_is_met_on_its_side_only():
                 "seconds": {"plain none": 0.06},
                 "ratio": {"none": {"median": 2.5}},
                 "added": {
-                    "weak": {"median": 1.1001, "low": 1.1, "high": 1.11},
-                    "strong": {"median": 0.9, "low": 0.8, "high": 1.2},
+                    "weak": {"median": 1.1002, "least": 1.1001, "most": 1.11},
+                    "strong": {"median": 0.9, "least": 0.8, "most": 1.26},
                 },
             }
         ],
@@ -253,7 +265,7 @@ def test_a_target_is_met_on_its_side_only():
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(
-        ValueError, match="losses, scaling, products, steps, variants, epoch, not 'step'"
+        ValueError, match="losses, scaling, products, steps, variants, epoch, profile, not 'step'"
     ):
         bench.run(("step",))
 

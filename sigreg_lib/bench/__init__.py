@@ -124,8 +124,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
             columns = f"plain {method}", f"ours {method}"
             rows.append((name, *_times(row["seconds"], row["bytes"], *columns, of)))
         for method, added in row["added"].items():
-            share = [f"{100 * (added[key] - 1):+.1f}%" for key in ("median", "low", "high")]
-            name = f"{row['family']} step, {method} over none"
+            share = [f"{100 * (added[key] - 1):+.1f}%" for key in ("median", "least", "most")]
+            name = f"{row['family']} step, {method} over none (95% interval)"
             rows.append((name, "", "", share[0], f"{share[1]} {share[2]}", "", ""))
     for row in part("variants"):
         quoted = (

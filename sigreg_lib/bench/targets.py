@@ -42,8 +42,8 @@ class Target:
         bound: the ratio that would be reached if the matrix products were all that ours does, at
             the speed measured beside it (a loss) or the machine's best (a step); NaN where it says
             nothing.
-        met: ``yes``, ``no``, or ``not resolved`` where the quartiles of what was added to a step
-            lie further apart than the target.
+        met: ``yes``, ``no``, or ``not resolved`` where the target lies within the 95% interval of
+            the median of what was added to a step.
     """
 
     what: str
@@ -78,7 +78,7 @@ def targets(found: Mapping[str, list[dict[str, Any]]]) -> list[Target]:
         if family in steps:
             share = {k: 100 * (v - 1) for k, v in steps[family]["added"][method].items()}
             met = _word(share["median"] <= target)
-            if share["high"] - share["low"] > target:
+            if share["least"] <= target < share["most"]:
                 met = "not resolved"
             what = f"{method} added to a {family} step, %"
             rows.append(Target(what, f"<= {target}", share["median"], math.nan, met))
