@@ -29,26 +29,28 @@ def alternate(
     Args:
         functions: what to time, by name. Each is called twice before the first round.
         rounds: how often each is timed, at least 1.
-        at_least: seconds; shorter calls are repeated within a round to reach it, and half as often
-            before the clock starts: what a larger function left in caches and threads would be
-            counted as theirs.
+        at_least: seconds; shorter calls are repeated within a round to reach it. Calls below five
+            times that are made before the clock starts, too, once or half as often: what another
+            function left in caches and threads would be counted as theirs.
 
     Returns:
         seconds a call of each function in each round.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds!r}")
-    repeats = {}
+    repeats, before = {}, {}
     for name, function in functions.items():
         function()
-        repeats[name] = max(1, round(at_least / max(_seconds(function, 1), 1e-7)))
+        seconds = max(_seconds(function, 1), 1e-7)
+        repeats[name] = max(1, round(at_least / seconds))
+        before[name] = max(repeats[name] // 2, int(seconds < 5 * at_least))
     times: Timed = {name: [] for name in functions}
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(rounds):
             for name, function in functions.items():
-                for _ in range(repeats[name] // 2):
+                for _ in range(before[name]):
                     function()
                 times[name].append(_seconds(function, repeats[name]))
     finally:
