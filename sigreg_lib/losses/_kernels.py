@@ -226,9 +226,8 @@ def _rows_with_gradient(
         values.append(value)
         if with_gradient:  # the angles are not needed any more
             # physical: a compiled graph calls this operator where a lazy conjugation is not seen
-            slope = slope.conj_physical_().mul_(grid.slope)
-            factor = slope.T.contiguous()[:, None]  # (rows, 1, points)
-            angle.copy_(torch.bmm(factor, powers.transpose(0, 1)).real[:, 0])
+            factor = slope.conj_physical_().mul_(grid.slope)[..., None]
+            torch.sum(powers.mul_(factor).real, 0, out=angle)
     return torch.cat(values)
 
 
