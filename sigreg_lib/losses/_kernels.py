@@ -146,6 +146,7 @@ class _Grid(NamedTuple):
 
     t: Tensor
     gauss: Tensor
+    minus_gauss: Tensor  # complex
     weight: Tensor  # of the trapezoid rule times exp(-t^2/2), doubled for the negative points
     slope: Tensor
 
@@ -168,7 +169,9 @@ def _make_grid(t_max: float, points: int, dtype: torch.dtype, device: torch.devi
     t = j * (t_max / points)
     gauss = torch.exp(-t.square() / 2)
     weight = 2 * (t_max / points) * gauss * torch.where(j == points, 0.5, 1.0).to(dtype)
-    return _Grid(t, gauss, weight, torch.complex(torch.zeros_like(t), 2 * t * weight))
+    nothing = torch.zeros_like(t)
+    slope = torch.complex(nothing, 2 * t * weight)
+    return _Grid(t, gauss, torch.complex(-gauss, nothing), weight, slope)
 
 
 def _project(z: Tensor, directions: Tensor, dt: float) -> Tensor:
@@ -185,7 +188,8 @@ def _characteristic_expression(
     z: Tensor, directions: Tensor, t_max: float, points: int, unbiased: bool
 ) -> Tensor:
     n = z.shape[-2]
-    t, gauss, weight, _ = (each.squeeze(-1) for each in _grid(t_max, points, z))
+    grid = _grid(t_max, points, z)
+    t, gauss, weight = (each.squeeze(-1) for each in (grid.t, grid.gauss, grid.weight))
     angle = (z @ directions)[..., None] * t
     real, imag = torch.cos(angle).mean(-3), torch.sin(angle).mean(-3)  # (..., K, points)
     square = (real - gauss).square() + imag.square()
@@ -210,16 +214,16 @@ def _rows_with_gradient(
         share = max(1, n // process_count(gather))  # the same everywhere, as the sums must be
         size = max(1, min(size, _CHUNK * torch.get_num_threads() // share))
     values = []
-    for angle in rows.split(size):
+    for angle in rows.split(size) if size < len(rows) else (rows,):
         powers = _powers(angle, points)  # (points, rows, N)
         phi = powers.sum(-1)
         if process_count(gather) > 1:
             phi = torch.view_as_complex(sum_over_processes(torch.view_as_real(phi), gather))
-        phi /= n
-        slope = phi - grid.gauss
+        slope = torch.add(grid.minus_gauss, phi, alpha=1 / n)
         square = torch.view_as_real(slope).square()  # (points, rows, 2)
         value = (square.view(points, -1).T @ (n * grid.weight)).view(-1, 2).sum(-1)
         if unbiased:
+            phi /= n
             variance = 1 - torch.view_as_real(phi).square().sum(-1)
             value -= (variance * grid.weight).sum(0) * (n / (n - 1))
             slope += phi / (n - 1)
@@ -228,7 +232,7 @@ def _rows_with_gradient(
             # physical: a compiled graph calls this operator where a lazy conjugation is not seen
             factor = slope.conj_physical_().mul_(grid.slope)[..., None]
             torch.sum(powers.mul_(factor).real, 0, out=angle)
-    return torch.cat(values)
+    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 # One opaque operator in a compiled graph: the compiler's own code for the sums over all grid points

@@ -11,6 +11,7 @@ sketch and an estimate without the bias of a finite batch.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def weak_values(
         raise ValueError("unbiased=True estimates the squared norm: pass squared=True with it")
     _check_samples(z, at_least=4 if unbiased else 2)
     _check_matrix(z, sketch, "sketch")
-    with torch.autocast(z.device.type, enabled=False):
+    with _without_autocast(z.device.type):
         z = _statistics_dtype(z)
         sketch = None if sketch is None else sketch.to(z)
         return _kernels.covariance_deviation(z, sketch, squared, unbiased, gather_distributed)
@@ -127,7 +128,7 @@ def strong_values(
     _check_samples(z, at_least=2)
     _check_matrix(z, directions, "directions")
     _check_grid(t_max, n_points)
-    with torch.autocast(z.device.type, enabled=False):
+    with _without_autocast(z.device.type):
         z = _statistics_dtype(z)
         return _kernels.characteristic_deviation(
             z, directions.to(z), t_max, n_points // 2, unbiased, gather_distributed
@@ -378,6 +379,12 @@ def _mean(values: Tensor) -> Tensor:
 
 def _statistics_dtype(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # entering the other takes longer than a small operation
 
 
 def _check_samples(z: Tensor, at_least: int) -> None:
