@@ -20,7 +20,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "norm and clipping": ("linalg_vector_norm", "mul_"),
     "update": ("fused_sgd_", "fused_adamw_"),
 }
-"""Kinds of operations by the names of operators; what is not named is ``elementwise and other``."""
+"""Kinds of operations by the names of operators; what is not named is ``elementwise and other``.
+
+Every ``mul_`` counts as clipping, which it is in a step; Strong scales its powers with one too.
+"""
 
 
 def kind_of(event: str) -> str:
