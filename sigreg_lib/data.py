@@ -209,7 +209,7 @@ def _cifar100(
         origin = "SIGREG_DATA is not set and " if unset else ""
         raise FileNotFoundError(
             f"data={str(data)!r}: {origin}{root} {state}. Set SIGREG_DATA or data to {_LAYOUTS}, "
-            "or pass download=True to have torchvision download 169 MB into it"
+            "or pass download=True (--download) to have torchvision download 169 MB into it"
         )
     return _read_torchvision(found or root, download)
 
@@ -289,7 +289,7 @@ def _read_torchvision(root: Path, download: bool) -> tuple[_Split, _Split, tuple
         except RuntimeError as error:  # torchvision checks the MD5 sum of every file
             raise ValueError(
                 f"{root / torchvision.datasets.CIFAR100.base_folder} is incomplete or damaged "
-                f"({error}); pass download=True to fetch it again"
+                f"({error}); pass download=True (--download) to fetch it again"
             ) from error
         splits.append((_channels_first(part.data), torch.tensor(part.targets, dtype=torch.int64)))
     return splits[0], splits[1], tuple(part.classes)

@@ -383,7 +383,7 @@ def test_compiled_and_eager_steps_agree():
     )
 
 
-def test_a_sweep_does_each_run_once_and_gives_them_in_order(tmp_path, capsys):
+def test_a_sweep_does_each_run_once_and_gives_them_in_order(tmp_path, capsys, monkeypatch):
     runs = [Run("digits/none", s, SMALL) for s in (1, 0)] + [Run("digits/weak", 0, SMALL)]
     found = sweep(runs, workers=2, epochs=1, **options(tmp_path))
     assert [(r.recipe, r.seed) for r in found] == [(r.recipe, r.seed) for r in runs]
@@ -391,7 +391,12 @@ def test_a_sweep_does_each_run_once_and_gives_them_in_order(tmp_path, capsys):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*.json")}
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 3 and all("partial, epoch 1/3, test" in line for line in lines)
+    assert not any("already there" in line for line in lines)
+    module = sys.modules["sigreg_lib.train.sweep"]  # the package's `sweep` is the function
+    monkeypatch.setattr(module, "now", lambda: "9999-01-01T00:00:00+00:00")
     again = sweep(runs, workers=1, epochs=1, **options(tmp_path))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 3 and all(line.endswith("already there") for line in lines)
     assert [r.history for r in again] == [r.history for r in found]  # in another process too
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*.json")}
 
@@ -401,7 +406,8 @@ def test_a_sweep_goes_on_after_a_failure_and_names_it(tmp_path, capsys):
     runs = [Run("digits/weak", 0, settings), Run("digits/none", 0, SMALL)]
     with pytest.raises(RuntimeError, match=r"1 of 2 runs failed: digits-weak\+"):
         sweep(runs, epochs=1, **options(tmp_path))
-    assert "leaves a last batch of 1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "leaves a last batch of 1" in shown and "Traceback" not in shown
     assert len(list((tmp_path / "r").rglob("*.json"))) == 1
 
 

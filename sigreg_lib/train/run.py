@@ -229,7 +229,7 @@ def append(record: Record, outcome: Outcome, floor: float | None, seconds: float
         record.status = "diverged"
     elif record.epochs == record.epochs_planned:
         record.status = "finished"
-    record.provenance["end"] = _now()
+    record.provenance["end"] = now()
     record.provenance["wall_seconds"] = round(record.provenance["wall_seconds"] + seconds, 3)
 
 
@@ -245,7 +245,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -282,15 +283,15 @@ def provenance(trainer: Trainer, compile: bool, graph: type | None) -> dict[str,
     }
 
 
-def note_session(record: Record, now: dict[str, Any]) -> None:
+def note_session(record: Record, current: dict[str, Any]) -> None:
     """The first session's provenance stands; a later one that differs is listed in ``later``."""
     if not record.provenance:
-        record.provenance = now | {"start": _now(), "end": _now(), "wall_seconds": 0.0}
+        record.provenance = current | {"start": now(), "end": now(), "wall_seconds": 0.0}
         return
     before = record.provenance
     for session in before.get("later", []):
         before = before | session
-    changed = {k: v for k, v in now.items() if before.get(k) != v}
+    changed = {k: v for k, v in current.items() if before.get(k) != v}
     if changed:
         record.provenance.setdefault("later", []).append(
             {"from_epoch": record.epochs + 1} | changed

@@ -16,7 +16,7 @@ from sigreg_lib.data import ImageData, load
 from sigreg_lib.recipes import Recipe, find
 from sigreg_lib.records import Record, run_name
 from sigreg_lib.train.ensemble import check_batched, train_seeds
-from sigreg_lib.train.run import check, graph_for, train
+from sigreg_lib.train.run import check, graph_for, now, train
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def sweep(
     batched: bool = False,
     **options: Any,
 ) -> list[Record]:
-    """Do every run and print one summary line for each as it ends.
+    """Do every run and print one summary line for each as it ends, or was found done.
 
     Args:
         runs: what to do; all are checked before the first starts.
@@ -90,6 +90,7 @@ def sweep(
         groups.setdefault(run.resolve() if batched else run.name, []).append(run)
     records: dict[str, Record] = {}
     failures: list[str] = []
+    started = now()
 
     def ended(group: list[Run], outcome: list[Record] | str) -> None:
         if isinstance(outcome, str):
@@ -98,7 +99,8 @@ def sweep(
             return
         for run, record in zip(group, outcome, strict=True):
             records[run.name] = record
-            print(f"[{len(records)}/{len(runs)}] {summary(record)}", flush=True)
+            before = ", was already there" if record.provenance["end"] < started else ""
+            print(f"[{len(records)}/{len(runs)}] {summary(record)}{before}", flush=True)
 
     if workers == 1:
         for group in groups.values():
@@ -142,6 +144,8 @@ def _do(
         if batched:
             return train_seeds(recipe, seeds, **options)
         return [train(recipe, seed=seeds[0], **options)]
+    except (ValueError, OSError) as error:  # bad input: the message says it
+        return f"{type(error).__name__}: {error}"
     except Exception:  # reported with the runs' names; the others go on
         return traceback.format_exc()
     finally:
