@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -72,16 +74,38 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     parts = tuple(options.parts) or bench.PARTS
-    found = bench.run(parts, rounds=options.rounds, device=options.device)
+    if options.processes > 1:
+        found = _bench_in_processes(parts, options)
+    else:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        found = bench.run(parts, rounds=options.rounds, device=options.device)
     print("\n".join(bench.table(found)))
     before = json.loads(options.json.read_text()) if options.json.exists() else {}
     content = json.dumps(before | found, indent=1) + "\n"
     records.write_atomically(options.json, content.encode())
     print(f"{', '.join(found)} written to {options.json}")
     return 0
+
+
+def _bench_in_processes(parts: tuple[str, ...], options: argparse.Namespace) -> dict:
+    found = []
+    for _ in range(options.processes):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "bench.json")
+            command = [sys.executable, "-m", "sigreg_lib", "bench", *parts, "--json", str(path)]
+            for name in ("rounds", "threads", "device"):
+                if (value := getattr(options, name)) is not None:
+                    command += [f"--{name}", str(value)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            found.append(json.loads(path.read_text()))
+    one = bench.pooled([{part: each[part]["rows"] for part in parts} for each in found])
+    processes = {"processes": options.processes}
+    return {
+        part: {"provenance": found[0][part]["provenance"] | processes, "rows": one[part]}
+        for part in parts
+    }
 
 
 def _train_options(options: argparse.Namespace) -> dict:
@@ -193,6 +217,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(bench.PARTS)} (default: all)",
     )
     timing.add_argument("--rounds", type=_positive, help="(default: 5 to 31, by part)")
+    timing.add_argument(
+        "--processes",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="measure in N processes, one after the other, and quote the median (default: 1)",
+    )
     timing.add_argument("--threads", type=_positive, help="CPU threads")
     timing.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     timing.add_argument(

@@ -105,17 +105,20 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     ``accuracy`` (test, that epoch) and ``best`` (the optimistic figure) in percent,
     ``effective_dim`` of the last layer, ``regularizer`` and its ``floor``, averages over layers,
     and ``probe``: Weak of the same sketch (K = 64) for every run, average over layers, so that runs
-    of different K compare. ``status``: ``done``, ``diverged``, ``partial`` (not come so far) or
-    ``missing``; only ``done`` has figures.
+    of different K compare. ``status``: ``done``, ``diverged``, ``partial`` (not come so far),
+    ``untested`` after that epoch, or ``missing``; only ``done`` has figures.
     """
     nothing = dict.fromkeys(OUTCOMES, math.nan)
     if record is None:
         return nothing | {"status": "missing", "epoch": 0}
     stop = record.epochs_planned if epochs is None else epochs
-    if record.status == "diverged" or record.epochs < stop:
-        status = "diverged" if record.status == "diverged" else "partial"
+    ended_badly = record.status == "diverged" and record.epochs <= stop
+    if record.epochs < stop or ended_badly:
+        status = "diverged" if ended_badly else "partial"
         return nothing | {"status": status, "epoch": record.epochs}
     at = record.at(stop)
+    if at["test_accuracy"] is None:
+        return nothing | {"status": "untested", "epoch": stop}
     accuracies = [a for a in record.history["test_accuracy"][:stop] if a is not None]
     looked = dict(zip(record.layers["epoch"], record.layers.get("weak", ()), strict=False))
     probe = looked.get(stop)
@@ -133,10 +136,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
 
 def cell_values(frame: DataFrame, value: str, **settings: Any) -> list[float]:
     """The values of the finished runs with these settings."""
-    chosen = frame[frame["status"] == "done"]
-    for name, wanted in settings.items():
-        chosen = chosen[chosen[name] == wanted]
-    return [float(v) for v in chosen[value]]
+    return [float(v) for v in _done(frame, settings)[value]]
 
 
 def paired(
@@ -146,9 +146,7 @@ def paired(
     out."""
     sides = []
     for settings in (first, second):
-        chosen = frame[frame["status"] == "done"]
-        for name, wanted in settings.items():
-            chosen = chosen[chosen[name] == wanted]
+        chosen = _done(frame, settings)
         if chosen["seed"].duplicated().any():
             raise ValueError(f"{dict(settings)} is more than one setting")
         sides.append(dict(zip(chosen["seed"], chosen[value], strict=True)))
@@ -192,7 +190,7 @@ def heat_map(
             below = f"\n±{half:.{digits}f}" if n > 1 else "\nn = 1"
             texts[i, j] = f"{means[i, j]:.{digits}f}{below}"
         else:
-            there = frame[(frame[x] == column) & (frame[y] == line)]
+            there = _with(frame, {x: column, y: line})
             diverged = len(there) and (there["status"] == "diverged").all()
             texts[i, j] = (reasons or {}).get((column, line), "diverged" if diverged else "missing")
     look = {"cmap": "cividis", "cbar": False, "linewidths": 0.5, "annot_kws": {"size": 6}} | style
@@ -202,6 +200,21 @@ def heat_map(
         ax.text(j + 0.5, i + 0.5, texts[i, j], size=6, ha="center", va="center", style="italic")
     ax.set(xlabel=x, ylabel=y)
     ax.tick_params(length=0)
+
+
+def _with(frame: DataFrame, settings: Mapping[str, Any]) -> DataFrame:
+    """The rows with these settings; a table holds None as NaN, and lists as tuples."""
+    import numpy as np
+
+    for name, wanted in settings.items():
+        own = _cell(wanted)
+        same = [v is None or v != v if own is None else v == own for v in frame[name]]
+        frame = frame.loc[np.array(same, dtype=bool)]
+    return frame
+
+
+def _done(frame: DataFrame, settings: Mapping[str, Any]) -> DataFrame:
+    return _with(frame[frame["status"] == "done"], settings)
 
 
 def _cell(value: Any) -> Any:

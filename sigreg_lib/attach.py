@@ -69,6 +69,8 @@ def attach(
             f"columns must be {len(taps)} integers >= 1, one for each of {', '.join(taps)}; got "
             f"{list(columns)}"
         )
+    if columns is not None and not hasattr(regularizer, "values"):
+        raise ValueError("columns are of a regularizer with a random matrix, such as WeakSIGReg")
     return Handle(model, taps, regularizer, on, pool, weights, columns)
 
 

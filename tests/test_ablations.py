@@ -67,12 +67,22 @@ def test_the_table_has_a_row_a_run_its_settings_and_no_guess():
         (finished(RUNS[0], [10.0], status="partial", planned=2), None, "partial"),
         (finished(RUNS[0], [10.0, 20.0], status="diverged", planned=3), None, "diverged"),
         (finished(RUNS[0], [10.0], status="partial", planned=2), 1, "done"),
+        (finished(RUNS[0], [10.0, 20.0, 5.0], status="diverged", planned=9), 2, "done"),
+        (finished(RUNS[0], [None, 20.0], planned=2), 1, "untested"),
     ],
 )
 def test_only_a_run_that_came_to_its_end_has_figures(record, epochs, status):
     found = outcome(record, epochs)
     assert found["status"] == status
     assert math.isnan(found["accuracy"]) == (status != "done")
+
+
+def test_cells_are_found_by_none_and_by_lists_too():
+    runs = grid("digits/weak", [0], clip_norm=[None, 1.0], sketch_dim=[[4, 8], 16], epochs=[1])
+    frame = rows(runs, {run.name: finished(run, [10.0 + i]) for i, run in enumerate(runs)})
+    assert cell_values(frame, "accuracy", clip_norm=None, sketch_dim=[4, 8]) == [10.0]
+    assert cell_values(frame, "accuracy", clip_norm=1.0) == [12.0, 13.0]
+    assert cell_values(frame, "accuracy", sketch_dim=16) == [11.0, 13.0]
 
 
 def test_differences_are_of_runs_of_the_same_seed():

@@ -226,6 +226,8 @@ def test_a_k_that_no_matrix_can_give_is_refused():
     net, x = Net(), inputs(12, 4)
     with pytest.raises(ValueError, match=r"columns must be 2 integers >= 1.*blocks\.0, blocks\.1"):
         attach(net, ["blocks.0", "blocks.1"], WeakSIGReg(5), columns=[2])
+    with pytest.raises(ValueError, match="columns are of a regularizer with a random matrix"):
+        attach(net, ["blocks.0", "blocks.1"], lambda z: z.square().mean(), columns=[2, 2])
     for k, columns, reason in (
         (3, [2, 5], "asks for 5 of a random matrix of 3 columns"),
         (64, [2, 5], "asks for 2 of a random matrix that is not drawn"),

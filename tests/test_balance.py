@@ -35,10 +35,21 @@ def test_the_ratio_is_a_geometric_mean_over_steps_and_then_stays():
     assert balance.done and balance.weight().item() == pytest.approx(1 / 100, rel=1e-5)
 
 
-def test_dead_gradients_leave_a_finite_weight():
-    balance = Balance(convex=True, device=torch.device("cpu"))
-    balance.see([torch.zeros(3)], [torch.zeros(3)])
-    assert 0 < balance.weight().item() < 1
+def test_steps_without_one_of_the_gradients_do_not_count():
+    balance = Balance(convex=False, device=torch.device("cpu"), target=1.0)
+    nothing, task, r = torch.zeros(3), torch.ones(1), torch.full((1,), 4.0)
+    for pair in ((nothing, nothing), (1e10 * task, nothing), (nothing, r), (task * torch.inf, r)):
+        balance.see([pair[0]], [pair[1]])
+        assert balance.weight().item() == 1.0
+    balance.see([task], [r])
+    assert balance.weight().item() == pytest.approx(0.25) and balance.seen == 5
+
+
+@pytest.mark.parametrize(("convex", "most"), [(True, 0.9), (False, 9.0)])
+def test_a_regularizer_that_hardly_pushes_does_not_silence_the_task(convex, most):
+    balance = Balance(convex=convex, device=torch.device("cpu"))
+    balance.see([torch.ones(1)], [torch.full((1,), 1e-8)])
+    assert balance.weight().item() == pytest.approx(most)
 
 
 def trainer(**changes):
@@ -61,8 +72,25 @@ def test_the_parts_of_the_gradient_make_up_the_whole_one():
     torch.testing.assert_close(stats[[0, 1, 3]], expected[[0, 1, 3]])
 
 
+def test_the_objective_of_a_seeking_step_is_weighted_with_what_it_found():
+    auto = trainer(clip_norm=0.01)
+    batch = auto.begin_epoch(0)[0]
+    x, y = auto.data.train_images[batch], auto.data.train_labels[batch]
+    stats, norm = auto._train_step(x, y, 0, 0)
+    lam = auto.balance.weight()
+    torch.testing.assert_close(stats[2], (1 - lam) * stats[0] + lam * stats[3])
+    assert norm.item() > 0.01  # before clipping
+    assert norm_of_gradients(auto) == pytest.approx(0.01, rel=1e-3)
+    loss, _ = auto.forward(x, y, 0, 1)  # with the weight found so far
+    assert torch.isfinite(loss)
+
+
+def norm_of_gradients(auto):
+    return norm([p.grad for p in auto.parameters])
+
+
 def test_a_weight_found_in_one_step_trains_as_the_same_weight_given():
-    auto, given = trainer(), trainer(lam=0.1)
+    auto, given = (trainer(lam=x, optimizer="sgd", lr=0.1) for x in ("auto", 0.1))
     auto.balance.steps = 1
     auto.train_epoch(0)
     lam = auto.balance.weight().item()

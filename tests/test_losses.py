@@ -13,11 +13,13 @@ import reference
 import torch
 from helpers import seeded
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sigreg_lib.losses import (
     STRONG_GRIDS,
     SIGReg,
     WeakSIGReg,
+    _kernels,
     combine,
     strong_floor,
     strong_sigreg,
@@ -283,6 +285,32 @@ def test_compiled_losses_equal_eager_ones_also_under_autocast_and_at_degenerate_
         expected.backward(weight)
         found.backward(weight)
         torch.testing.assert_close(compiled_leaf.grad, leaf.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["hessian", "fake", "inference"])
+def test_strong_works_whatever_its_first_call_on_a_grid_was(first, monkeypatch):
+    monkeypatch.setattr(_kernels, "_GRIDS", {})
+    z, slices = normal(6, 4, seed=1), directions(4, 3, generator=seeded(2))
+
+    def loss(x: Tensor) -> Tensor:
+        return strong_sigreg(x, slices)
+
+    if first == "hessian":
+        torch.func.hessian(loss)(z)
+    elif first == "inference":
+        with torch.inference_mode():
+            loss(z)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            strong_sigreg(mode.from_tensor(z), mode.from_tensor(slices))
+    leaf = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(loss)(z), expected, rtol=1e-4, atol=1e-6)
+    second = torch.autograd.grad(expected.sum(), leaf)[0]  # through the constants of the grid
+    assert torch.isfinite(second).all()
+    assert all(
+        type(t) is Tensor and not t.is_inference() for t in next(iter(_kernels._GRIDS.values()))
+    )
 
 
 # ---------------------------------------------------------------- unbiasedness

@@ -24,7 +24,7 @@ from sigreg_lib.bench.steps import (
     bench_variants,
 )
 from sigreg_lib.bench.targets import Target, targets
-from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
+from sigreg_lib.bench.timing import alternate, extra_memory, plain, pooled, ratio
 from sigreg_lib.train.run import code, device_name
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "bench_variants",
     "extra_memory",
     "plain",
+    "pooled",
     "profile",
     "ratio",
     "run",

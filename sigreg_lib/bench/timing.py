@@ -6,9 +6,10 @@ import gc
 import importlib
 import math
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,9 +82,38 @@ def ratio(times: Timed, above: Hashable, below: Hashable) -> dict[str, float]:
     """
     values = sorted(a / b for a, b in zip(times[above], times[below], strict=True))
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-    rank = max(0, math.floor((len(values) - 1.96 * math.sqrt(len(values))) / 2))
-    ends = {"least": values[rank], "most": values[-1 - rank]}
+    rank = max(1, math.floor((len(values) - 1.96 * math.sqrt(len(values))) / 2))
+    ends = {"least": values[rank - 1], "most": values[-rank]}
     return {"median": middle, "low": low, "high": high, **ends}
+
+
+def pooled(found: Sequence[Any]) -> Any:
+    """Measurements of several processes as one, of the same structure.
+
+    Processes on a shared machine differ by more than rounds within one. Numbers become their
+    median over processes; of a :func:`ratio`, quartiles and the ends of the interval become the
+    outermost ones.
+
+    Raises:
+        ValueError: they differ in something that is no number.
+    """
+    first = found[0]
+    if isinstance(first, Mapping):
+        if any(each.keys() != first.keys() for each in found):
+            raise ValueError(f"measurements of different keys: {sorted(first)}")
+        ends = {"low": min, "least": min, "high": max, "most": max} if "median" in first else {}
+        return {
+            key: ends.get(key, pooled)([each[key] for each in found])  # type: ignore[operator]
+            for key in first
+        }
+    if isinstance(first, list):
+        return [pooled(each) for each in zip(*found, strict=True)]
+    if isinstance(first, int | float) and not isinstance(first, bool):
+        middle = statistics.median(found)
+        return round(middle) if isinstance(first, int) else middle
+    if any(each != first for each in found):
+        raise ValueError(f"measurements of different things: {found}")
+    return first
 
 
 def extra_memory(

@@ -7,7 +7,6 @@ as an autograd function whose forward pass prepares the gradient. Tests hold bot
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -151,17 +150,20 @@ class _Grid(NamedTuple):
     slope: Tensor
 
 
+_GRIDS: dict[tuple[float, int, torch.dtype], _Grid] = {}
+
+
 def _grid(t_max: float, points: int, like: Tensor) -> _Grid:
-    if like.device.type == "cpu":
-        return _kept_grid(float(t_max), points, like.dtype)
-    # elsewhere computed there: a copy from the host would wait, and cannot be captured in a graph
-    return _make_grid(t_max, points, like.dtype, like.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_grid(t_max: float, points: int, dtype: torch.dtype) -> _Grid:
-    with torch.inference_mode(False):  # or no later gradient could go through it
-        return _make_grid(t_max, points, dtype, torch.device("cpu"))
+    if like.device.type != "cpu" or type(like) is not Tensor:
+        # made where it is used: a copy from the host would wait, and cannot be captured in a graph;
+        # and a fake tensor wants fake constants
+        return _make_grid(t_max, points, like.dtype, like.device)
+    key = float(t_max), points, like.dtype
+    if key not in _GRIDS:
+        # what is kept must be plain tensors, whatever mode or transform the first call came from
+        with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+            _GRIDS[key] = _make_grid(*key, like.device)
+    return _GRIDS[key]
 
 
 def _make_grid(t_max: float, points: int, dtype: torch.dtype, device: torch.device) -> _Grid:

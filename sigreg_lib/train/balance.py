@@ -12,6 +12,9 @@ from torch import Tensor
 STEPS = 100  # that are looked at
 TARGET = 1.0  # norm of the weighted gradient of R over that of the task: as strong as it
 
+MOST = 9.0  # of lam / (1 - lam), or lam: a regularizer without a gradient must not silence the task
+TINY = 1e-12  # a norm below it counts as none
+
 
 class Balance:
     r"""A weight that gives the regularizer's gradient a set share of the task's.
@@ -22,8 +25,10 @@ class Balance:
     .. math:: \lambda q = \rho \ \text{(additive)}, \qquad
               \frac{\lambda}{1 - \lambda}\, q = \rho \ \text{(convex)}.
 
-    While it looks, a step is taken with the weight found so far; afterwards the weight stays.
-    Nothing waits for the device.
+    lam is at most 0.9 (convex) or 9 (additive). Steps in which either gradient is zero, as R's is
+    where all samples are equal, do not enter the mean; if all are such, q counts as 1. While it
+    looks, a step is taken with the weight found so far; afterwards the weight stays. Nothing waits
+    for the device.
 
     Args:
         convex: as in :func:`~sigreg_lib.losses.combine`.
@@ -42,8 +47,8 @@ class Balance:
     ) -> None:
         self.convex, self.target, self.steps = convex, target, steps
         self.seen = 0
-        self.log_ratio = torch.zeros((), device=device)
-        """Sum over the steps seen of the logarithm of the two norms' ratio."""
+        self.log_ratio, self.alive = (torch.zeros((), device=device) for _ in range(2))
+        """Sum of the logarithm of the two norms' ratio, and over how many of the steps seen."""
 
     @property
     def done(self) -> bool:
@@ -53,8 +58,10 @@ class Balance:
     def see(self, task: Sequence[Tensor], regularizer: Sequence[Tensor]) -> None:
         """Take account of a step's gradients, one tensor a parameter."""
         norms = torch.stack([torch.nn.utils.get_total_norm(g) for g in (regularizer, task)])
-        logs = norms.clamp_min(1e-30).log()  # of a dead network both are 0
-        self.log_ratio = self.log_ratio + (logs[0] - logs[1])
+        alive = (norms > TINY).all() & norms.isfinite().all()
+        logs = norms.clamp(TINY, 1 / TINY).log()
+        self.log_ratio = self.log_ratio + torch.where(alive, logs[0] - logs[1], 0.0)
+        self.alive = self.alive + alive
         self.seen += 1
 
     def weight(self) -> Tensor:
@@ -65,13 +72,16 @@ class Balance:
         """
         if not self.seen:
             raise RuntimeError("lam='auto' has seen no step yet")
-        odds = torch.exp(math.log(self.target) - self.log_ratio / self.seen)
-        return odds / (1 + odds) if self.convex else odds
+        mean = self.log_ratio / self.alive.clamp_min(1)
+        log_odds = (math.log(self.target) - mean).clamp(max=math.log(MOST))
+        return torch.sigmoid(log_odds) if self.convex else log_odds.exp()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"seen": self.seen, "log_ratio": self.log_ratio}
+        return {"seen": self.seen, "log_ratio": self.log_ratio, "alive": self.alive}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state`."""
-        self.seen, self.log_ratio = state["seen"], state["log_ratio"].to(self.log_ratio.device)
+        device = self.log_ratio.device
+        self.seen = state["seen"]
+        self.log_ratio, self.alive = (state[key].to(device) for key in ("log_ratio", "alive"))

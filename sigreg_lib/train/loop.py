@@ -95,6 +95,12 @@ class Trainer:
         self.balance = None
         if recipe.lam == "auto":
             self.balance = Balance(convex=recipe.convex, device=self.device)
+        most = max(recipe.columns or (0,))
+        if recipe.columns and most >= min(widths):
+            raise ValueError(
+                f"sketch_dim={recipe.sketch_dim}: K of a layer must lie below its width, "
+                f"{min(widths)} here"
+            )
         self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
         self.step = torch.compile(self._loss, dynamic=False) if compile else self._loss
         self.whole_step = partial(self._step, self.step)
@@ -207,7 +213,8 @@ class Trainer:
         m, matrices = self._draw(len(y), epoch, step)
         # the short last batch would be compiled for itself
         objective = self.step if len(y) == self.recipe.batch_size else self._loss
-        return objective(x, y, m, matrices)
+        found = () if self.balance is None else (self.balance.weight(),)
+        return objective(x, y, m, matrices, *found)
 
     def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step; what it returns is overwritten by the next where steps are captured."""
