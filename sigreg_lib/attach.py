@@ -39,7 +39,8 @@ def attach(
             ``"tokens"`` all of them as samples, (N * tokens, C); or a callable.
         weights: weight of each layer in the average; default equal.
         columns: K of each layer, if they differ: a layer takes the first so many columns of the
-            regularizer's random matrix, whose own K must be the largest of them.
+            regularizer's random matrix, whose own K must be the largest of them and, for Weak, lie
+            below the layers' number of channels.
 
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.

@@ -7,6 +7,7 @@ from sigreg_lib.data import load
 from sigreg_lib.recipes import RECIPES
 from sigreg_lib.train import Trainer, train
 from sigreg_lib.train.balance import Balance
+from sigreg_lib.train.run import line
 
 SMALL = {"depth": 2, "width": 32, "epochs": 2, "lam": "auto", "taps": "layers.1"}
 
@@ -111,6 +112,8 @@ def test_a_run_with_auto_goes_on_where_it_stopped_and_tells_the_weight(tmp_path)
     whole = train(recipe, **options("a"))
     first = train(recipe, epochs=4, **options("b"))
     assert "lam" not in first.provenance  # 44 of 100 steps
+    assert "lam still sought" in line(first, 12)
+    assert f"lam {whole.provenance['lam']:.3g} " in line(whole, 12)
     second = train(recipe, **options("b"))
     assert second.history["train_loss"] == whole.history["train_loss"]
     assert 0 < whole.provenance["lam"] == second.provenance["lam"] < 1

@@ -382,9 +382,9 @@ def _statistics_dtype(z: Tensor) -> Tensor:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # entering the other takes longer than a small operation
+    if device_type in ("cpu", "cuda") and not torch.is_autocast_enabled(device_type):
+        return nullcontext()  # entering the other takes longer than a small operation
+    return torch.autocast(device_type, enabled=False)
 
 
 def _check_samples(z: Tensor, at_least: int) -> None:

@@ -320,6 +320,9 @@ def line(record: Record, stop: int) -> str:
         parts.append(f"test {last['test_accuracy']:.2f}%")
     if last["effective_dim"] is not None:
         parts.append(f"effective dim {last['effective_dim']:.1f}")
+    if record.config["lam"] == "auto":
+        found = record.provenance.get("lam")
+        parts.append("lam still sought" if found is None else f"lam {found:.3g}")
     parts.append(f"{last['seconds']:.1f} s")
     return "  ".join(parts + ["DIVERGED"] * (record.status == "diverged"))
 
