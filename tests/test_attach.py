@@ -27,6 +27,12 @@ class Block(nn.Module):
         return x + self.mlp(x)
 
 
+LOSSES = {  # module, its random matrix, the function
+    "weak": (WeakSIGReg, gaussian, weak_sigreg),
+    "strong": (SIGReg, directions, strong_sigreg),
+}
+
+
 class Net(nn.Module):
     """Eleven blocks, so that ``1`` and ``10`` are different names."""
 
@@ -208,10 +214,7 @@ def test_the_values_of_an_attention_module_are_taken_and_not_its_weights():
 def test_a_layer_of_k_columns_sees_the_first_k_of_the_common_matrix(kind):
     names, columns = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"], [2, 5, 2, 3]
     net, x = Net(), inputs(12, 4)
-    make, draw, single = {
-        "weak": (WeakSIGReg, gaussian, weak_sigreg),
-        "strong": (SIGReg, directions, strong_sigreg),
-    }[kind]
+    make, draw, single = LOSSES[kind]
     handle = attach(net, names, make(5, generator=seeded(2)), columns=columns)
     net(x)
     found, seen, g = handle.losses(), outputs(net, names, x), seeded(2)
@@ -248,10 +251,7 @@ def test_the_loss_is_the_weighted_average_of_single_calls_and_so_is_its_gradient
     # two widths, one layer of width 9 among those of width 6
     names = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"]
     net, x = Net(), inputs(12, 4)
-    make, draw, single = {
-        "weak": (WeakSIGReg, gaussian, weak_sigreg),
-        "strong": (SIGReg, directions, strong_sigreg),
-    }[kind]
+    make, draw, single = LOSSES[kind]
     handle = attach(net, names, make(5, generator=seeded(2)), weights=weights)
     net(x)
     loss = handle.loss()

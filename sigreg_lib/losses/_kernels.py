@@ -8,6 +8,7 @@ as an autograd function whose forward pass prepares the gradient. Tests hold bot
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,18 @@ from torch import Tensor
 from sigreg_lib.distributed import process_count, sample_count, sum_over_processes
 
 _CHUNK = 1 << 13  # projections a thread handles at once: 8 complex powers of them fit a core's L2
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Statistics are computed in full precision, inside autocast too."""
+    if device_type in ("cpu", "cuda") and not torch.is_autocast_enabled(device_type):
+        return nullcontext()  # entering the other takes longer than a small operation
+    return torch.autocast(device_type, enabled=False)
+
+
+def statistics_dtype(z: Tensor) -> Tensor:
+    """float32, or float64 where z is."""
+    return z if z.dtype == torch.float64 else z.float()
 
 
 def _is_transformed(*tensors: Tensor) -> bool:

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sigreg_lib.losses.sigreg import _check_samples, _statistics_dtype
+from sigreg_lib.losses._kernels import statistics_dtype
+from sigreg_lib.losses.sigreg import _check_samples
 from sigreg_lib.losses.whitening import _centred, _check_eps, _covariance, batch_normalize
 
 
@@ -84,7 +85,7 @@ def invariance_term(a: Tensor, b: Tensor) -> Tensor:
     """
     _check_views(a, b, at_least=1)
     with torch.autocast(a.device.type, enabled=False):
-        distance = _statistics_dtype(a) - _statistics_dtype(b)
+        distance = statistics_dtype(a) - statistics_dtype(b)
         return distance.square().sum(-1).mean()
 
 

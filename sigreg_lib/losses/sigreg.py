@@ -11,7 +11,6 @@ sketch and an estimate without the bias of a finite batch.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +70,8 @@ def weak_values(
         raise ValueError("unbiased=True estimates the squared norm: pass squared=True with it")
     _check_samples(z, at_least=4 if unbiased else 2)
     _check_matrix(z, sketch, "sketch")
-    with _without_autocast(z.device.type):
-        z = _statistics_dtype(z)
+    with _kernels.without_autocast(z.device.type):
+        z = _kernels.statistics_dtype(z)
         sketch = None if sketch is None else sketch.to(z)
         return _kernels.covariance_deviation(z, sketch, squared, unbiased, gather_distributed)
 
@@ -128,8 +127,8 @@ def strong_values(
     _check_samples(z, at_least=2)
     _check_matrix(z, directions, "directions")
     _check_grid(t_max, n_points)
-    with _without_autocast(z.device.type):
-        z = _statistics_dtype(z)
+    with _kernels.without_autocast(z.device.type):
+        z = _kernels.statistics_dtype(z)
         return _kernels.characteristic_deviation(
             z, directions.to(z), t_max, n_points // 2, unbiased, gather_distributed
         )
@@ -375,16 +374,6 @@ class SIGReg(nn.Module):
 
 def _mean(values: Tensor) -> Tensor:
     return values.mean() if values.ndim else values  # two operations less for a single batch
-
-
-def _statistics_dtype(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    if device_type in ("cpu", "cuda") and not torch.is_autocast_enabled(device_type):
-        return nullcontext()  # entering the other takes longer than a small operation
-    return torch.autocast(device_type, enabled=False)
 
 
 def _check_samples(z: Tensor, at_least: int) -> None:

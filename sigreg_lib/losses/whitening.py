@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sigreg_lib._names import nearest
-from sigreg_lib.losses.sigreg import _check_samples, _statistics_dtype
+from sigreg_lib.losses._kernels import statistics_dtype
+from sigreg_lib.losses.sigreg import _check_samples
 
 WHITENINGS = ("zca", "pca")
 
@@ -200,7 +201,7 @@ class _InverseRoot(torch.autograd.Function):
 def _centred(z: Tensor) -> Tensor:
     # From the first sample before the mean: samples that coincide become exactly zero. The first
     # step is a constant shift, which centring takes back, so no gradient goes through it.
-    z = _statistics_dtype(z)
+    z = statistics_dtype(z)
     z = z - z[..., :1, :].detach()
     return z - z.mean(-2, keepdim=True)
 

@@ -95,8 +95,7 @@ class Trainer:
         self.balance = None
         if recipe.lam == "auto":
             self.balance = Balance(convex=recipe.convex, device=self.device)
-        most = max(recipe.columns or (0,))
-        if recipe.columns and most >= min(widths):
+        if recipe.columns and max(recipe.columns) >= min(widths):
             raise ValueError(
                 f"sketch_dim={recipe.sketch_dim}: K of a layer must lie below its width, "
                 f"{min(widths)} here"
