@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-OUTCOMES = ("accuracy", "best", "effective_dim", "regularizer", "floor", "probe", "epoch", "status")
+OUTCOMES = (
+    *("accuracy", "best", "effective_dim", "regularizer", "floor", "probe", "weight"),
+    *("epoch", "status"),
+)
 
 
 def grid(recipe: str, seeds: Sequence[int], /, **axes: Sequence[Any]) -> list[Run]:
@@ -105,7 +108,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     ``accuracy`` (test, that epoch) and ``best`` (the optimistic figure) in percent,
     ``effective_dim`` of the last layer, ``regularizer`` and its ``floor``, averages over layers,
     and ``probe``: Weak of the same sketch (K = 64) for every run, average over layers, so that runs
-    of different K compare. ``status``: ``done``, ``diverged``, ``partial`` (not come so far),
+    of different K compare. ``weight``: lam, the setting or what "auto" found. ``status``: ``done``, ``diverged``, ``partial`` (not come so far),
     ``untested`` after that epoch, or ``missing``; only ``done`` has figures.
     """
     nothing = dict.fromkeys(OUTCOMES, math.nan)
@@ -129,6 +132,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
         "regularizer": _number(at["regularizer"]),
         "floor": _number(at["regularizer_floor"]),
         "probe": sum(probe) / len(probe) if probe else math.nan,
+        "weight": _number(record.provenance.get("lam", record.config["lam"])),
         "epoch": stop,
         "status": "done",
     }
@@ -221,5 +225,5 @@ def _cell(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # a table's cells must be hashable
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _number(value: float | str | None) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -58,6 +58,7 @@ def test_the_table_has_a_row_a_run_its_settings_and_no_guess():
     assert cell_values(frame, "best", sketch_dim=4) == [20.0, 40.0]
     assert math.isnan(frame["accuracy"][2])
     assert list(frame["probe"][[0, 1, 3]]) == [3.5] * 3
+    assert list(frame["weight"][[0, 1, 3]]) == [0.1] * 3
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,11 @@ def test_a_study_trains_what_is_missing_and_reads_the_rest(tmp_path):
 
 def test_every_outcome_is_there_for_every_run():
     assert set(outcome(None)) == set(ablations.OUTCOMES)
+
+
+@pytest.mark.parametrize(("found", "weight"), [({"lam": 0.02}, 0.02), ({}, math.nan)])
+def test_the_weight_of_a_run_that_sought_it_is_the_one_it_found(found, weight):
+    run = Run("digits/weak", 0, {"lam": "auto", "epochs": 1})
+    record = finished(run, [10.0])
+    record.provenance.update(found)
+    assert outcome(record)["weight"] == pytest.approx(weight, nan_ok=True)
