@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigreg_lib._newton import newton_inverse_root
+
 
 class Block(nn.Module):
     """One block of a `VisionTransformer`, (N, tokens, width) to the same."""
@@ -168,6 +170,71 @@ class ChannelBatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2).to(self.weight.dtype)).view(x.shape)
 
 
+class IterativeNorm(nn.Module):
+    r"""IterNorm of (..., C) over all leading dimensions: whitening by Newton's iteration.
+
+    .. math:: y = (z - \mu)\, P_T / \sqrt{\mathrm{tr}\,\Sigma} \odot \gamma + \beta, \qquad
+              \Sigma = \mathrm{Cov}(z) + \epsilon I
+
+    with the covariance over N and P_T as in `sigreg_lib.losses.iterative_whiten`, in groups of
+    channels. In training mean and matrix are the batch's own, gradients go through both, and their
+    running means are kept; in eval mode these are used. Statistics and result are in the
+    parameters' dtype, float32 inside autocast.
+
+    Args:
+        width: channels C.
+        group_size: channels that are whitened together, at most; the largest divisor of `width`
+            that is not above it is used.
+        iterations: T; each lets a direction grow by at most 3/2.
+        eps: added to the eigenvalues, in squared units of z.
+        momentum: weight of the newest batch in the running means.
+
+    Source: Huang et al., arXiv 1904.03441, algorithms 1 and 2.
+    """
+
+    running_mean: Tensor
+    running_root: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        group_size: int = 64,
+        iterations: int = 5,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        size = max(d for d in range(1, min(group_size, width) + 1) if width % d == 0)
+        self.iterations, self.eps, self.momentum = iterations, eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width // size, 1, size))
+        self.register_buffer("running_root", torch.eye(size).repeat(width // size, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups, _, size = self.running_mean.shape
+        with torch.autocast(x.device.type, enabled=False):
+            z = x.to(self.weight.dtype).reshape(-1, groups, size).transpose(0, 1)
+            mean, root = self.running_mean, self.running_root
+            if self.training:
+                mean = z.mean(1, keepdim=True)
+                covariance = (z - mean).mT @ (z - mean) / z.shape[1]
+                root = newton_inverse_root(covariance, self.iterations, self.eps)
+                with torch.no_grad():
+                    self.running_mean.lerp_(mean, self.momentum)
+                    self.running_root.lerp_(root, self.momentum)
+            whitened = ((z - mean) @ root).transpose(0, 1).reshape(x.shape)
+            return whitened * self.weight + self.bias
+
+
+NORM_LAYERS = {
+    "none": nn.Identity,
+    "layer": nn.LayerNorm,
+    "batch": ChannelBatchNorm,
+    "iterative": IterativeNorm,
+}
+
+
 def make_norm(norm: str, width: int) -> nn.Module:
-    """The layer for "none", "layer" or "batch"."""
-    return {"none": nn.Identity, "layer": nn.LayerNorm, "batch": ChannelBatchNorm}[norm](width)
+    """The layer of that name in `NORM_LAYERS`."""
+    return NORM_LAYERS[norm](width)

@@ -22,7 +22,7 @@ from sigreg_lib._names import nearest
 
 __all__ = ["MLP", "DropPath", "Rotary", "VisionTransformer", "build_model", "redraw_drop_path"]
 
-NORMS = ("none", "layer", "batch")
+NORMS = ("none", "layer", "batch", "iterative")
 ROTARY = ("published", "axial", "none")
 INITS = ("truncated_normal", "expert", "xavier", "default")
 
@@ -43,7 +43,8 @@ class MLP(nn.Module):
         width: units of a hidden layer.
         depth: number of hidden layers, below the classifier `head`.
         residual: add a hidden layer's input to its output.
-        norm: "none", "layer" (LayerNorm) or "batch" (BatchNorm).
+        norm: "none", "layer" (LayerNorm), "batch" (BatchNorm) or "iterative" (IterNorm: whitening
+            in groups of at most 64 channels).
 
     Raises:
         TypeError, ValueError: a size that is no positive int, or an unknown norm.
@@ -101,7 +102,8 @@ class VisionTransformer(nn.Module):
         heads: number of attention heads, a divisor of `width`.
         mlp_ratio: hidden units of a block's GELU network, in units of `width`.
         residual: without it, a branch replaces its input instead of being added to it.
-        norm: "layer", "batch" (each channel over batch and tokens) or "none", nowhere at all.
+        norm: "layer", "batch" (each channel over batch and tokens), "iterative" (whitening, over
+            both) or "none", nowhere at all.
         rotary: `Rotary` on queries and keys, "published" or "axial"; or "none".
         class_token: classify a learned token put in front, not the mean over tokens.
         position_embedding: add a learned vector to each token, the class token included.

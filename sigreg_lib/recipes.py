@@ -18,7 +18,7 @@ from torch import nn
 
 from sigreg_lib._names import nearest
 from sigreg_lib.augment import Policy
-from sigreg_lib.losses import STRONG_GRIDS, SIGReg, WeakSIGReg
+from sigreg_lib.losses import STRONG_GRIDS, SIGReg, VCReg, WeakSIGReg
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Recipe:
     width: int
     depth: int
     residual: bool
-    norm: Literal["none", "layer", "batch"]
-    regularizer: Literal["none", "weak", "strong"]
+    norm: Literal["none", "layer", "batch", "iterative"]
+    regularizer: Literal["none", "weak", "strong", "vcreg"]  # vcreg: of no named row
 
     # where the regularizer looks
     taps: str
@@ -104,6 +104,13 @@ class Recipe:
             raise ValueError(f"clip_norm must be positive or none, not {self.clip_norm!r}")
         if self.regularizer == "strong" and self.mode not in ("paper", "corrected"):
             raise ValueError(f"mode of Strong is paper or corrected (unbiased), not {self.mode!r}")
+        if self.regularizer == "vcreg":
+            for name, usual in _OF_SIGREG.items():
+                if getattr(self, name) != usual:
+                    raise ValueError(
+                        f"{name} is a setting of Weak and Strong, VCReg draws nothing: leave it "
+                        f"at {usual!r}, not {getattr(self, name)!r}"
+                    )
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
         if self.mean is not None and len(self.mean) != len(self.std):
@@ -162,6 +169,8 @@ class Recipe:
 
         Its random matrices come from ``generator``, or from one seeded with ``seed``.
         """
+        if self.regularizer == "vcreg":
+            return VCReg()
         options = {"resample": self.resample, "generator": generator, "seed": seed}
         unbiased = self.mode in ("unbiased", "corrected")
         most = max(self.columns or (self.sketch_dim,))
@@ -188,6 +197,11 @@ class Recipe:
         )
 
 
+_OF_SIGREG: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(Recipe)
+    if field.name in ("mode", "sketch_dim", "resample", "strong_grid")
+}
 HINTS: dict[str, Any] = typing.get_type_hints(Recipe)
 
 

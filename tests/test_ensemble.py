@@ -146,6 +146,15 @@ def test_a_seed_that_diverges_ends_alone(tmp_path, monkeypatch):
     assert [r.seed for r in train_seeds(recipe, SEEDS, **options(tmp_path))] == list(SEEDS)
 
 
+def test_vcreg_needs_no_matrix_and_is_trained_batched_as_alone(tmp_path):
+    recipe = RECIPES["digits/none"].override(regularizer="vcreg", lam=0.5, **SMALL)
+    alone = train(recipe, seed=0, **options(tmp_path / "a"))
+    both = train_seeds(recipe, (0, 1), **options(tmp_path / "b"))[0]
+    assert alone.last["regularizer_floor"] == both.last["regularizer_floor"] > 0
+    for name in ("regularizer", "train_loss", "grad_norm"):
+        assert both.history[name] == pytest.approx(alone.history[name], rel=2e-3)
+
+
 def test_seeds_that_are_done_are_left_out(tmp_path):
     recipe = RECIPES["digits/none"].override(**SMALL)
     alone = train(recipe, seed=0, **options(tmp_path))
@@ -168,7 +177,8 @@ def test_a_run_is_not_begun_in_one_way_and_continued_in_the_other(tmp_path):
     ("name", "changes", "reason"),
     [
         ("vit/weak", {}, "only the mlp"),
-        ("mlp-bn/weak", {}, "running statistics"),
+        ("mlp-bn/weak", {}, "norm='batch': its running statistics"),
+        ("mlp/weak", {"norm": "iterative"}, "norm='iterative': its running statistics"),
         ("mlp/weak", {"mixup_alpha": 0.8}, "MixUp and CutMix"),
         ("mlp/weak", {"sketch_dim": [8, 8, 16, 16, 64]}, "one K a layer"),
     ],

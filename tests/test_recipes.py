@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from sigreg_lib.losses import SIGReg, WeakSIGReg
+from sigreg_lib.losses import SIGReg, VCReg, WeakSIGReg
 from sigreg_lib.recipes import RECIPES, find, parse_override
 
 NINE = [
@@ -103,6 +103,23 @@ def test_regularizers_are_built_as_named():
     strong = RECIPES["vit/strong"].override(strong_grid="lejepa").build_regularizer()
     assert isinstance(strong, SIGReg) and (strong.t_max, strong.n_points) == (3.0, 33)
     assert RECIPES["vit/none"].build_regularizer() is None
+
+
+def test_vcreg_is_an_override_of_any_row_with_the_module_s_own_weights():
+    recipe = RECIPES["digits/none"].override(regularizer="vcreg", lam=0.3)
+    loss = recipe.build_regularizer()
+    assert isinstance(loss, VCReg) and (loss.variance, loss.covariance) == (1.0, 0.04)
+    assert recipe.differences() == {"regularizer": "vcreg", "lam": 0.3}
+    assert not any(name.endswith("vcreg") for name in RECIPES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mode": "corrected"}, {"sketch_dim": 16}, {"resample": False}, {"strong_grid": "lejepa"}],
+)
+def test_vcreg_refuses_settings_of_the_random_matrix(changes):
+    with pytest.raises(ValueError, match=rf"{next(iter(changes))} is a setting of Weak and Strong"):
+        RECIPES["digits/none"].override(regularizer="vcreg", **changes)
 
 
 def test_k_can_be_given_for_each_layer_and_the_regularizer_draws_the_largest():

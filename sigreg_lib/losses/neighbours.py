@@ -216,7 +216,7 @@ class VCReg(nn.Module):
         spread = _variance_values(z, self.gamma, self.eps)
         return self.variance * spread + self.covariance * _covariance_values(z)
 
-    def floor(self, n_samples: int, n_channels: int) -> float:
+    def floor(self, n_samples: int, n_channels: int, sketch_dim: None = None) -> float:
         r"""Expected value for a white Gaussian batch: for a finite N it is not 0.
 
         .. math:: \mu\, \mathbb E \max\bigl(0, \gamma - \sqrt{\chi^2_{N-1}/(N-1) + \epsilon}\bigr)
@@ -251,7 +251,7 @@ class DeCov(nn.Module):
         """The loss of each batch, (..., N, C) -> (...)."""
         return _decov_values(z)
 
-    def floor(self, n_samples: int, n_channels: int) -> float:
+    def floor(self, n_samples: int, n_channels: int, sketch_dim: None = None) -> float:
         """Expected value for a white Gaussian batch, C (C - 1) (N - 1) / (2 N^2)."""
         return n_channels * (n_channels - 1) * (n_samples - 1) / (2 * n_samples**2)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sigreg_lib._names import nearest
+from sigreg_lib._newton import newton_inverse_root
 from sigreg_lib.losses._kernels import statistics_dtype
 from sigreg_lib.losses.sigreg import _check_samples
 
@@ -129,17 +130,7 @@ def iterative_whiten(
     with torch.autocast(z.device.type, enabled=False):
         centred = _centred(z)
         covariance = _covariance(centred, correction)
-        identity = torch.eye(z.shape[-1], dtype=centred.dtype, device=z.device)
-        sigma = covariance + eps * identity
-        trace = sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        trace = torch.where(trace > 0, trace, 1)  # a collapsed batch stays 0
-        # Q = Sigma_N P is carried along: P^3 Sigma_N = P Q P, but products of P alone let rounding
-        # errors grow at every step, to any size once eigenvalues differ by more than a few times
-        root, product = identity.expand_as(sigma), sigma / trace
-        for _ in range(iterations):
-            step = (3 * identity - root @ product) / 2
-            root, product = step @ root, product @ step
-        return centred @ root * trace.rsqrt()
+        return centred @ newton_inverse_root(covariance, iterations, eps)
 
 
 def whitening_penalty(z: Tensor) -> Tensor:

@@ -35,11 +35,10 @@ def check_batched(recipe: Recipe, compile: bool | None = None) -> None:
     """ValueError, with the reason, for a recipe whose seeds cannot be trained at once."""
     reasons = {
         f"model={recipe.model!r}: only the mlp is small enough to gain": recipe.model != "mlp",
-        "norm='batch': its running statistics are not stacked": recipe.norm == "batch",
-        "MixUp and CutMix are not drawn for each seed": recipe.mixup_alpha + recipe.cutmix_alpha,
-        f"regularizer={recipe.regularizer!r}: only none, weak and strong take a matrix a seed": (
-            recipe.regularizer not in ("none", "weak", "strong")
+        f"norm={recipe.norm!r}: its running statistics are not stacked": (
+            recipe.norm not in ("none", "layer")
         ),
+        "MixUp and CutMix are not drawn for each seed": recipe.mixup_alpha + recipe.cutmix_alpha,
         "sketch_dim: one K a layer is for separate runs": recipe.columns,
         "lam='auto' is sought in each run by itself": recipe.lam == "auto",
         "compile=True: batched steps are not compiled": compile,
