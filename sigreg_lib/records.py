@@ -37,10 +37,11 @@ class Record:
             those are others, ``tapped`` names them, for ``regularizer``), ``epoch`` of each look at
             them (the first ten, then every 5th, from 50 every 10th, and the last of a run; if they
             were tested), and one row a look with a value a layer, floats at 4 digits:
-            ``regularizer`` (training batches) and, on the first 2,000 test images (tokens, where these are the samples), ``effective_dim``
-            (participation ratio), ``weak``, ``strong`` (K = 64, batches of 128),
-            ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues of the covariance at
-            :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the last).
+            ``regularizer`` (training batches) and, on the first 2,000 test images (tokens, where
+            these are the samples), ``effective_dim`` (participation ratio), ``weak``, ``strong``
+            (K = 64, batches of 128), ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues
+            of the covariance at :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the
+            last).
         epochs_planned: length of the schedule.
         status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
         provenance: commit and whether the package was unchanged, torch, device, threads, precision,
