@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sigreg_lib._names import nearest
 
-POOLS = ("mean", "class_token", "tokens")
+POOLS = ("mean", "class_token", "patches", "tokens")
 
 
 def attach(
@@ -36,7 +36,8 @@ def attach(
         on: ``"output"`` of the layer or its first ``"input"``.
         pool: how a layer's (N, ..., C) becomes (N, C): ``"mean"`` over everything between (tokens;
             for (N, C, H, W) over the two spatial dimensions), ``"class_token"`` the first token,
-            ``"tokens"`` all of them as samples, (N * tokens, C); or a callable.
+            ``"patches"`` the mean over all tokens but that one, ``"tokens"`` all of them as
+            samples, (N * tokens, C); or a callable.
         weights: weight of each layer in the average; default equal.
         columns: K of each layer, if they differ: a layer takes the first so many columns of the
             regularizer's random matrix, whose own K must be the largest of them and, for Weak, lie
@@ -78,8 +79,9 @@ def attach(
 class Handle:
     """Taps on a model; made by :func:`attach`.
 
-    Off while the model is in eval mode, unless :attr:`always` is set (for diagnostics). A layer
-    that runs several times in one forward pass counts with its last run.
+    Off while the model is in eval mode, unless :attr:`always` is set (for diagnostics); off while
+    it trains if :attr:`in_training` is taken back. A layer that runs several times in one forward
+    pass counts with its last run.
     """
 
     def __init__(self, model, taps, regularizer, on, pool, weights, columns) -> None:
@@ -87,7 +89,7 @@ class Handle:
         self.names: tuple[str, ...] = tuple(taps)
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.columns = (None,) * len(self.names) if columns is None else tuple(columns)
-        self.always = False
+        self.always, self.in_training = False, True
         self.features: dict[str, Tensor] = {}
         """Pooled representations of the last forward pass by layer name, (N, C) each."""
         self._hooks = [
@@ -99,7 +101,7 @@ class Handle:
         def record(module: nn.Module, inputs: tuple, output) -> None:
             if module is not tapped:  # a copy of the model (of averaged weights, say) has its hooks
                 return
-            if self.model.training or self.always:
+            if (self.model.training and self.in_training) or self.always:
                 value = output if on == "output" else inputs[0]
                 if isinstance(value, tuple):  # attention modules return (values, weights)
                     value = value[0]
@@ -190,6 +192,10 @@ def pool_features(value: Tensor, pool: str | Callable[[Tensor], Tensor]) -> Tens
         )
     if pool == "mean":
         return value.mean(1)
+    if pool == "patches":
+        if value.shape[1] < 2:
+            raise ValueError("pool 'patches' leaves out the class token, and there is no other")
+        return value[:, 1:].mean(1)
     return value[:, 0] if pool == "class_token" else value.flatten(0, 1)
 
 

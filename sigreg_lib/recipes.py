@@ -41,9 +41,9 @@ class Recipe:
     regularizer: Literal["none", "weak", "strong", "vcreg"]  # vcreg: of no named row
 
     # where the regularizer looks
-    taps: str
+    taps: str | tuple[str, ...]  # names with wildcards, see attach
     tap_on: Literal["output", "input"] = "output"
-    pool: Literal["mean", "class_token", "tokens"] = "mean"
+    pool: Literal["mean", "class_token", "patches", "tokens"] = "mean"  # (vit)
 
     # the objective; a baseline of the released settings keeps the factor (1 - lam)
     lam: float | Literal["auto"] = 0.1  # auto: found in the first steps, see train.balance
@@ -88,6 +88,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), HINTS[field.name])
+        if not self.taps:
+            raise ValueError("taps is empty: name at least one layer")
+        if self.model == "vit" and self.pool in ("class_token", "patches") and not self.class_token:
+            raise ValueError(f"pool={self.pool!r} is for networks with class_token=true")
         for name in ("width", "depth", "sketch_dim", "patch", "heads", "batch_size", "epochs"):
             value = getattr(self, name)
             if min(value, default=0) < 1 if isinstance(value, tuple) else value < 1:
@@ -156,6 +160,11 @@ class Recipe:
             mixup_alpha=self.mixup_alpha,
             cutmix_alpha=self.cutmix_alpha,
         )
+
+    @property
+    def tapping(self) -> dict[str, Any]:
+        """Where the regularizer looks, for :func:`sigreg_lib.attach.attach`."""
+        return {"layers": self.taps, "on": self.tap_on, "pool": self.pool}
 
     @property
     def columns(self) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,13 +33,15 @@ class Record:
         history: one list a column of :data:`HISTORY`, one entry an epoch; None where a value does
             not exist (the regularizer of a baseline; test columns and effective dimension of an
             epoch without evaluation) or is not finite (a diverged run).
-        layers: ``names`` of the tapped layers, ``epoch`` of each look at them (the first ten, then
-            every 5th, from 50 every 10th, and the last of a run; if they were tested), and one row
-            a look with a value a layer, floats at 4 digits: ``regularizer`` (training batches) and,
-            on the first 2,000 test images (tokens, where these are the samples), ``effective_dim``
-            (participation ratio), ``weak``, ``strong`` (K = 64, batches of 128),
-            ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues of the covariance at
-            :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the last).
+        layers: ``names`` of the layers that the named recipe taps, whichever this run does (where
+            those are others, ``tapped`` names them, for ``regularizer``), ``epoch`` of each look at
+            them (the first ten, then every 5th, from 50 every 10th, and the last of a run; if they
+            were tested), and one row a look with a value a layer, floats at 4 digits:
+            ``regularizer`` (training batches) and, on the first 2,000 test images (tokens, where
+            these are the samples), ``effective_dim`` (participation ratio), ``weak``, ``strong``
+            (K = 64, batches of 128), ``feature_norm``, ``mean_cosine``, ``spectrum`` (eigenvalues
+            of the covariance at :func:`spectrum_ranks`; None but for epochs 1, 10, 100 and the
+            last).
         epochs_planned: length of the schedule.
         status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
         provenance: commit and whether the package was unchanged, torch, device, threads, precision,
@@ -174,7 +177,10 @@ def run_name(recipe: str, overrides: dict[str, Any], seed: int) -> str:
     parts = [recipe.replace("/", "-")]
     for name, value in overrides.items():
         text = "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        parts.append(f"{name}={text.replace('/', '-').replace('*', '@')}")
+        text = text.translate(str.maketrans("/*?", "-@_"))  # what file names may hold anywhere
+        if len(text) > 60:  # and they are short
+            text = f"{text[:40]}..{zlib.crc32(str(value).encode()):08x}"
+        parts.append(f"{name}={text}")
     return "+".join(parts) + f"-s{seed}"
 
 

@@ -162,6 +162,7 @@ def test_pools_equal_their_sums_by_hand():
     tokens = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
     assert pool_features(tokens, "mean").tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]
     assert pool_features(tokens, "class_token").tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]
+    assert pool_features(tokens, "patches").tolist() == [[6, 7, 8, 9], [18, 19, 20, 21]]
     assert pool_features(tokens, "tokens").tolist() == torch.arange(24.0).view(6, 4).tolist()
     maps = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)  # channels first
     assert pool_features(maps, "mean").tolist() == [[1.5, 5.5, 9.5], [13.5, 17.5, 21.5]]
@@ -171,8 +172,24 @@ def test_pools_equal_their_sums_by_hand():
     assert pool_features(maps, "tokens").shape == (8, 3)
     assert pool_features(maps, lambda v: v.amax((2, 3))).tolist() == [[3, 7, 11], [15, 19, 23]]
     vectors = torch.arange(6.0).view(2, 3)
-    for pool in ("mean", "class_token", "tokens"):
+    for pool in ("mean", "class_token", "patches", "tokens"):
         assert torch.equal(pool_features(vectors, pool), vectors)
+
+
+def test_a_class_token_alone_has_no_patches_beside_it():
+    with pytest.raises(ValueError, match="pool 'patches' leaves out the class token"):
+        pool_features(torch.ones(2, 1, 4), "patches")
+
+
+def test_taps_for_looking_are_silent_while_the_model_trains():
+    net = Net()
+    handle = attach(net, "blocks.*", None)
+    handle.in_training = False
+    net(inputs(8, 4))
+    assert handle.features == {}
+    handle.always = True
+    net(inputs(8, 4))
+    assert set(handle.features) == set(handle.names)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5, 6)])

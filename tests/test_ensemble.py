@@ -36,6 +36,8 @@ def doubled(recipe, data, seed) -> Trainer:
         ("digits/weak", {"mode": "corrected", "norm": "layer", "residual": True}),
         ("digits/strong", {"mode": "corrected", "resample": False}),
         ("digits/weak", {"sketch_dim": 72, "taps": "layers.*", "tap_on": "input"}),  # widths differ
+        ("digits/weak", {"taps": ["layers.2", "head"], "tap_on": "input"}),
+        ("digits/strong", {"taps": ["layers.0", "layers.2"]}),
         ("mlp/weak", CIFAR_LIKE),  # SGD, clipping at norm 1, crop and flip
         ("mlp/strong", CIFAR_LIKE),
     ],

@@ -131,6 +131,23 @@ def test_k_can_be_given_for_each_layer_and_the_regularizer_draws_the_largest():
             RECIPES["digits/weak"].override(sketch_dim=wrong)
 
 
+def test_several_patterns_are_taps_too_and_none_is_refused():
+    recipe = RECIPES["digits/weak"].override(taps=["layers.0", "layers.8"], tap_on="input")
+    assert recipe.tapping == {"layers": ("layers.0", "layers.8"), "on": "input", "pool": "mean"}
+    for nothing in ("", []):
+        with pytest.raises(ValueError, match="taps is empty"):
+            recipe.override(taps=nothing)
+    with pytest.raises(ValueError, match="taps must be str or tuple, not"):
+        recipe.override(taps=[0, 8])
+
+
+@pytest.mark.parametrize("pool", ["class_token", "patches"])
+def test_a_pool_that_treats_the_class_token_apart_needs_one(pool):
+    assert RECIPES["expert/weak"].override(pool=pool).pool == pool
+    with pytest.raises(ValueError, match=f"pool='{pool}' is for networks with class_token"):
+        RECIPES["vit/weak"].override(pool=pool)
+
+
 def test_overrides_are_told_apart_from_the_named_recipe():
     changed = RECIPES["vit/weak"].override(lam=0.3, clip_norm=1.0, heads=8)
     assert changed.differences() == {"lam": 0.3, "clip_norm": 1.0}
@@ -171,6 +188,7 @@ def test_a_bad_override_is_refused_by_name(changes, message):
         ("rand_augment=[1, 5]", ("rand_augment", [1, 5])),
         ("regularizer=weak", ("regularizer", "weak")),
         ("taps=layers.0", ("taps", "layers.0")),
+        ('taps=["layers.0", "layers.8"]', ("taps", ["layers.0", "layers.8"])),
     ],
 )
 def test_overrides_are_read_from_text(text, expected):

@@ -119,6 +119,15 @@ def test_names_tell_overrides_and_seeds_apart():
     assert run_name("vit/weak", {}, 3) == "vit-weak-s3"
     assert run_name("mlp/none", {"lam": 0.3, "mean": [1, 2]}, 0) == "mlp-none+lam=0.3+mean=1x2-s0"
     assert "/" not in run_name("mlp/none", {"taps": "layers.*/x"}, 0)
+    several = run_name("mlp/weak", {"taps": ["layers.?", "layers.1*"]}, 0)
+    assert several == "mlp-weak+taps=layers._xlayers.1@-s0"
+
+
+def test_names_of_long_lists_are_short_and_still_tell_them_apart():
+    lists = [[f"layers.{i}" for i in range(start, start + 40)] for start in (0, 1)]
+    lists.append(lists[0][:-1])
+    names = {run_name("mlp/weak", {"taps": taps}, 0) for taps in lists}
+    assert len(names) == 3 and max(map(len, names)) < 90
 
 
 def test_select_finds_by_recipe_seed_and_setting(tmp_path):

@@ -156,6 +156,32 @@ def test_the_digits_are_learned_and_the_record_tells_it(tmp_path):
     assert record.history["regularizer_floor"][0] == pytest.approx(8.09, abs=0.01)
 
 
+def test_all_layers_are_measured_wherever_the_regularizer_looks(tmp_path):
+    """With lam = 0 the taps change nothing: every run has the measures of the usual taps."""
+    recipe = RECIPES["digits/weak"].override(**SMALL, lam=0.0)
+    usual = train(recipe, **options(tmp_path))
+    assert "tapped" not in usual.layers
+    for taps, on in ((["layers.1"], "output"), (["head", "layers.1"], "input")):
+        other = train(recipe.override(taps=taps, tap_on=on), **options(tmp_path))
+        assert other.layers["names"] == ["layers.0", "layers.1"]
+        assert other.layers["tapped"] == taps
+        assert [len(row) for row in other.layers["regularizer"]] == [len(taps)] * 3
+        for name in ("effective_dim", "weak", "strong", "mean_cosine", "spectrum"):
+            assert other.layers[name] == usual.layers[name]
+        assert other.history["test_accuracy"] == usual.history["test_accuracy"]
+        assert records.read(tmp_path / "r" / "digits" / f"{other.name}.json") == other
+
+
+def test_a_post_activation_is_the_input_of_the_layer_above():
+    recipe = RECIPES["digits/weak"].override(**SMALL)
+    above = recipe.override(taps=["layers.1", "head"], tap_on="input")
+    pre, post = (Trainer(r, load("digits"), seed=0, compile=False) for r in (recipe, above))
+    for trainer in (pre, post):
+        trainer._logits(trainer.data.train_images[:16])
+    features = zip(pre.handle.features.values(), post.handle.features.values(), strict=True)
+    assert all(torch.equal(a.relu(), b) for a, b in features)
+
+
 def test_the_floor_of_layers_with_different_k_is_the_mean_of_theirs():
     recipe = RECIPES["digits/weak"].override(depth=3, sketch_dim=[8, 64, 16])
     floors = [weak_floor(128, 128, k) for k in (8, 64, 16)]

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sigreg_lib import diagnostics, records
-from sigreg_lib.attach import attach
+from sigreg_lib.attach import Handle, attach
 from sigreg_lib.augment import Mix, augment, concatenate, draw, draw_mix, mix
 from sigreg_lib.data import ImageData
 from sigreg_lib.losses import combine, strong_values, weak_values
 from sigreg_lib.models import build_model, redraw_drop_path
-from sigreg_lib.recipes import Recipe
+from sigreg_lib.recipes import RECIPES, Recipe
 from sigreg_lib.sketch import directions, gaussian
 from sigreg_lib.train.balance import Balance
 from sigreg_lib.train.capture import CapturedStep, Graph
@@ -83,15 +83,14 @@ class Trainer:
                 f"batch_size={recipe.batch_size} leaves a last batch of {last} of "
                 f"{len(data.train_images)} images: too few for a covariance, choose another"
             )
-        self.handle = attach(
-            self.model,
-            recipe.taps,
-            self.regularizer,
-            on=recipe.tap_on,
-            pool=recipe.pool,
-            columns=recipe.columns,
+        taps, looks = recipe.tapping, RECIPES[recipe.name].tapping
+        self.handle = self.looking = attach(
+            self.model, regularizer=self.regularizer, columns=recipe.columns, **taps
         )
-        widths = {z.shape[-1] for z in self._look(data.train_images[:2])[1]}
+        if taps != looks:  # all runs of a recipe are measured alike, wherever they are regularized
+            self.looking = attach(self.model, regularizer=None, **looks)
+            self.looking.in_training = False
+        widths = {z.shape[-1] for z in self._look(self.handle, data.train_images[:2])[1]}
         self.balance = None
         if recipe.lam == "auto":
             self.balance = Balance(convex=recipe.convex, device=self.device)
@@ -293,14 +292,14 @@ class Trainer:
     def evaluate(self) -> tuple[dict[str, Any], list[Tensor]]:
         """Loss (nats) and accuracy (%) on all test images; features of the first of them.
 
-        Features are those of each tapped layer, shape (min(DIAGNOSED, N), C), float32.
+        Features are of each layer that the named recipe taps, (min(DIAGNOSED, N), C), float32.
         """
         images, labels = self.data.test_images, self.data.test_labels
         loss, correct, parts = 0.0, 0.0, []
         for i in range(0, len(labels), EVALUATE_AT_ONCE):
             x, y = images[i : i + EVALUATE_AT_ONCE], labels[i : i + EVALUATE_AT_ONCE]
             predict = self.predict if len(x) == EVALUATE_AT_ONCE else self._logits
-            logits, features = self._look(x, predict)
+            logits, features = self._look(self.looking, x, predict)
             loss = loss + cross_entropy(logits, y, reduction="sum")
             correct = correct + (logits.argmax(1) == y).sum()
             if i < DIAGNOSED:
@@ -312,21 +311,21 @@ class Trainer:
         return found, [torch.cat(layer)[:DIAGNOSED] for layer in zip(*parts, strict=True)]
 
     @torch.no_grad()
-    def _look(self, images: Tensor, predict=None) -> tuple[Tensor, list[Tensor]]:
-        """Logits and the features of every tapped layer, in eval mode."""
+    def _look(self, handle: Handle, images: Tensor, predict=None) -> tuple[Tensor, list[Tensor]]:
+        """Logits and the features of every layer of the handle, in eval mode."""
         self.model.eval()
-        self.handle.always = True
+        handle.always = True
         logits = (predict or self._logits)(images)
-        features = [self.handle.features[name] for name in self.handle.names]
-        self.handle.always = False
-        self.handle.clear()
+        features = [handle.features[name] for name in handle.names]
+        handle.always = False
+        handle.clear()
         return logits, features
 
     @torch.no_grad()
     def diagnose(
         self, features: list[Tensor], fully: bool = True, spectrum: bool = True
     ) -> dict[str, list] | None:
-        """Measures of each tapped layer; see :class:`~sigreg_lib.records.Record`.
+        """Measures of each layer; see :class:`~sigreg_lib.records.Record`.
 
         Only the effective dimension unless ``fully``, with or without the spectrum; None where a
         layer's features or their squares are not finite.
@@ -386,7 +385,7 @@ class Trainer:
         """Expected R of whitened Gaussian features, averaged over the tapped layers."""
         if self.regularizer is None:
             return None
-        _, features = self._look(self.data.train_images[:2])
+        _, features = self._look(self.handle, self.data.train_images[:2])
         n = self.recipe.batch_size * (len(features[0]) // 2)
         floors = [
             self.regularizer.floor(n, z.shape[-1], columns)

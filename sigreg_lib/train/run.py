@@ -189,7 +189,7 @@ class Outcome(NamedTuple):
     """What an epoch adds to a record: history entry, row of layers if looked at, end of the run."""
 
     entry: dict[str, Any]
-    names: list[str]
+    names: dict[str, list[str]]
     layers: dict[str, list] | None
     diverged: bool
 
@@ -213,7 +213,10 @@ def conclude(
         **{k: v for k, v in (trained | tested).items() if k in records.HISTORY},
     }
     row = {"epoch": epoch, "regularizer": trained["layers"], "spectrum": None} | layers
-    return Outcome(entry, list(trainer.handle.names), row if look and fine else None, not fine)
+    names = {"names": list(trainer.looking.names)}
+    if trainer.handle is not trainer.looking:
+        names["tapped"] = list(trainer.handle.names)
+    return Outcome(entry, names, row if look and fine else None, not fine)
 
 
 def append(record: Record, outcome: Outcome, floor: float | None, seconds: float) -> None:
@@ -221,7 +224,7 @@ def append(record: Record, outcome: Outcome, floor: float | None, seconds: float
     entry = outcome.entry | {"regularizer_floor": floor, "seconds": seconds}
     for name in records.HISTORY:
         record.history[name].append(records.round_floats(entry[name]))
-    record.layers.setdefault("names", outcome.names)
+    record.layers = outcome.names | record.layers
     for name, values in (outcome.layers or {}).items():
         if values != []:
             record.layers.setdefault(name, []).append(records.round_floats(values, 4))
