@@ -28,7 +28,8 @@ def log_weak_sigreg(z: Tensor, sketch: Tensor | None = None) -> Tensor:
 
     So :math:`R(a Z)` has a gradient of order 1 in :math:`\log a` at every scale a, and the gradient
     in Z is of order 1 / s. In a weight of a network whose output is proportional to it, the
-    gradient does not depend on the scale of the features at all.
+    gradient does not depend on the scale of the features at all. Where Weak starts from a sensible
+    scale there is nothing to gain; see notebook 25 for where there is.
 
     Args:
         z: representations, shape (..., N, C), any float dtype, N >= 2.
