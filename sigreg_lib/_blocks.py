@@ -238,3 +238,37 @@ NORM_LAYERS = {
 def make_norm(norm: str, width: int) -> nn.Module:
     """The layer of that name in `NORM_LAYERS`."""
     return NORM_LAYERS[norm](width)
+
+
+QUERY_KEY_GAIN = 4.0
+
+
+@torch.no_grad()
+def start_orthogonal(block: Block, *, identity_attention: bool) -> None:
+    """Weights with which a block without residual connections keeps the length of a token.
+
+    Value and projection are random orthogonal matrices. The units of the GELU network start in
+    pairs of opposite sign, and gelu(u) - gelu(-u) = u makes it an orthogonal map, exactly and at
+    every scale (of rank `hidden // 2` where that is below `width`). Queries and keys are two random
+    orthogonal matrices, or, with identity attention, one and the same times `QUERY_KEY_GAIN`: then
+    the score of a token with itself exceeds that with another, of cosine c to it and of unit rms,
+    by about gain^2 sqrt(d) (1 - c), and the block as a whole is near an orthogonal map of tokens.
+    Biases are zero.
+
+    Source: pairs of opposite sign for ReLU, Balduzzi et al., arXiv 1702.08591.
+    """
+    attention, (first, _, second) = block.attention, block.mlp
+    width, hidden = first.in_features, first.out_features
+    query, key, value = attention.qkv.weight.chunk(3)
+    for weight in (query, key, value, attention.projection.weight):
+        nn.init.orthogonal_(weight)
+    if identity_attention:
+        key.copy_(query.mul_(QUERY_KEY_GAIN))
+    up = nn.init.orthogonal_(first.weight.new_empty(hidden // 2, width))
+    down = nn.init.orthogonal_(second.weight.new_empty(width, width)) @ up.T
+    odd = hidden % 2  # a unit without a partner starts at zero
+    first.weight.copy_(torch.cat([up, -up, up.new_zeros(odd, width)]))
+    second.weight.copy_(torch.cat([down, -down, down.new_zeros(width, odd)], dim=1))
+    for linear in (attention.qkv, attention.projection, first, second):
+        if linear.bias is not None:
+            linear.bias.zero_()

@@ -17,14 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sigreg_lib._blocks import Block, DropPath, Rotary, make_norm, redraw_drop_path
+from sigreg_lib._blocks import (
+    Block,
+    DropPath,
+    Rotary,
+    make_norm,
+    redraw_drop_path,
+    start_orthogonal,
+)
 from sigreg_lib._names import nearest
 
 __all__ = ["MLP", "DropPath", "Rotary", "VisionTransformer", "build_model", "redraw_drop_path"]
 
 NORMS = ("none", "layer", "batch", "iterative")
 ROTARY = ("published", "axial", "none")
-INITS = ("truncated_normal", "expert", "xavier", "default")
+INITS = ("truncated_normal", "expert", "xavier", "default", "orthogonal", "identity_attention")
 
 
 class MLP(nn.Module):
@@ -113,6 +120,10 @@ class VisionTransformer(nn.Module):
         init: how the linear maps of blocks and head start. "truncated_normal": weights of std
             0.02, biases zero. "xavier": Xavier uniform weights (q, k and v as one matrix), biases
             zero. "default": PyTorch's. "expert": as "xavier" in the head, PyTorch's elsewhere.
+            "orthogonal": as "xavier" in the head; in the blocks value, projection and GELU network
+            (from `mlp_ratio` 2 on) are orthogonal maps of a token, for networks without residual
+            connections. "identity_attention": the same, and a token attends nearly to itself alone
+            (see `sigreg_lib._blocks.start_orthogonal`).
             In each, the patch embedding starts from PyTorch's default, class token and position
             embedding from a truncated normal of std 0.02. The truncation, PyTorch's, is at -2 and
             2, a hundred standard deviations: nothing is cut.
@@ -176,6 +187,10 @@ class VisionTransformer(nn.Module):
         self._initialise(init)
 
     def _initialise(self, init: str) -> None:
+        if init in ("orthogonal", "identity_attention"):
+            for block in self.blocks:
+                start_orthogonal(block, identity_attention=init == "identity_attention")
+            init = "expert"  # Xavier in the head
         inner = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
         for linear in {"default": [], "expert": [self.head]}.get(init, [*inner, self.head]):
             if init == "truncated_normal":

@@ -18,7 +18,7 @@ from torch import nn
 
 from sigreg_lib._names import nearest
 from sigreg_lib.augment import Policy
-from sigreg_lib.losses import STRONG_GRIDS, SIGReg, VCReg, WeakSIGReg
+from sigreg_lib.losses import STRONG_GRIDS, LogWeakSIGReg, SIGReg, VCReg, WeakSIGReg
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Recipe:
     per step, ``epochs`` is the length of the learning-rate schedule. ``mode`` is the published loss
     (``paper``), ours (``corrected``), or for Weak one part of ours alone: the norm's square, an
     orthonormal sketch, the unbiased estimate of the square. A square's gradient is 2R times that of
-    the norm: divide ``lam`` by 2R to compare.
+    the norm: divide ``lam`` by 2R to compare. ``log_scale`` is Weak with the scale in logarithms,
+    :func:`~sigreg_lib.losses.log_weak_sigreg`.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Recipe:
     # the objective; a baseline of the released settings keeps the factor (1 - lam)
     lam: float | Literal["auto"] = 0.1  # auto: found in the first steps, see train.balance
     convex: bool = True
-    mode: Literal["paper", "squared", "orthonormal", "unbiased", "corrected"] = "paper"
+    mode: Literal["paper", "squared", "orthonormal", "unbiased", "corrected", "log_scale"] = "paper"
     sketch_dim: int | tuple[int, ...] = 64  # of every tapped layer, or one each
     resample: bool = True
     strong_grid: Literal["paper", "lejepa"] = "paper"
@@ -62,7 +63,9 @@ class Recipe:
     position_embedding: bool = False
     qkv_bias: bool = False
     drop_path: float = 0.0
-    init: Literal["truncated_normal", "expert", "xavier", "default"] = "truncated_normal"
+    init: Literal[
+        "truncated_normal", "expert", "xavier", "default", "orthogonal", "identity_attention"
+    ] = "truncated_normal"
 
     # optimization
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -183,6 +186,8 @@ class Recipe:
         options = {"resample": self.resample, "generator": generator, "seed": seed}
         unbiased = self.mode in ("unbiased", "corrected")
         most = max(self.columns or (self.sketch_dim,))
+        if self.regularizer == "weak" and self.mode == "log_scale":
+            return LogWeakSIGReg(most, **options)
         if self.regularizer == "weak":
             return WeakSIGReg(
                 most,
@@ -365,6 +370,17 @@ _FAMILIES |= {
         "taps": "layers.*",
         "schedule": "constant",
         "epochs": 30,
+        "precision": "float32",
+    },
+    # the paper's claim at its word, on the embedded digits: 16 tokens, all else as in vit-text
+    "digits-vit": {k: v for k, v in _FAMILIES["vit"].items() if k not in _STRONG_AUGMENTATION}
+    | _AS_TEXT
+    | {
+        "norm": "none",
+        "patch": 2,
+        "width": 32,
+        "heads": 4,
+        "epochs": 20,
         "precision": "float32",
     },
 }

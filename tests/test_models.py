@@ -139,6 +139,68 @@ def test_xavier_init_reaches_every_linear_map_of_blocks_and_head():
         assert not linear.bias.any()
 
 
+PLAIN = {"residual": False, "norm": "none"}
+ORTHOGONAL = pytest.mark.parametrize("init", ["orthogonal", "identity_attention"])
+
+
+def attention_weights(attention: nn.Module, x: Tensor, rotary: nn.Module | None) -> Tensor:
+    """Softmax of the scores, (N, heads, tokens, tokens), from the layer's own maps."""
+    q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.heads, -1)).unbind(2)
+    if rotary is not None:
+        q, k = rotary(q), rotary(k)
+    d = q.shape[-1]
+    return (torch.einsum("nihd,njhd->nhij", q, k) / math.sqrt(d)).softmax(-1)
+
+
+@ORTHOGONAL
+@pytest.mark.parametrize("hidden", [2, 2.5, 4])
+def test_a_gelu_network_started_orthogonal_is_an_isometry_at_every_scale(init, hidden):
+    model = build_model("vit", CIFAR, 10, seed=6, init=init, mlp_ratio=hidden, **PLAIN).double()
+    for scale in (1e-6, 1.0, 100.0):
+        x = scale * randn(2, 5, 256, seed=7, dtype=torch.float64)
+        out = model.blocks[1].mlp(x)
+        torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=0)
+        torch.testing.assert_close(out @ out.mT, x @ x.mT, rtol=1e-4, atol=1e-5 * scale**2)
+        torch.testing.assert_close(model.blocks[1].mlp(-x), -out)
+
+
+def test_a_narrow_or_odd_gelu_network_started_orthogonal_projects_onto_half_its_units():
+    model = tiny_vit(init="orthogonal", mlp_ratio=11 / 16).double()  # five pairs and one unit
+    mlp = model.blocks[0].mlp
+    out = mlp(torch.eye(16, dtype=torch.float64))
+    values = torch.linalg.svdvals(out)
+    torch.testing.assert_close(values[:5], torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert values[5:].max() < 1e-6
+
+
+@pytest.mark.parametrize("rotary", ["published", "axial", "none"])
+def test_identity_attention_starts_near_the_identity_and_every_block_keeps_the_scale(rotary):
+    options = {"init": "identity_attention", "rotary": rotary, **PLAIN}
+    model = build_model("vit", CIFAR, 100, seed=8, **options)
+    x = randn(4, 64, 256, seed=9)
+    for block in model.blocks:
+        weights = attention_weights(block.attention, x, model.rotary)
+        assert weights.diagonal(dim1=-2, dim2=-1).mean() > 0.95
+        out = block(x, model.rotary)
+        ratio = (out.square().mean() / x.square().mean()).sqrt().item()
+        assert ratio == pytest.approx(1, rel=0.1)
+        x = out
+    assert 0.9 < x.square().mean().sqrt() < 1.1  # after all six, too
+
+
+def test_independent_orthogonal_queries_and_keys_do_not_single_out_the_token_itself():
+    model = build_model("vit", CIFAR, 100, seed=8, init="orthogonal", rotary="none", **PLAIN)
+    weights = attention_weights(model.blocks[0].attention, randn(4, 64, 256, seed=9), None)
+    assert weights.diagonal(dim1=-2, dim2=-1).mean().item() == pytest.approx(1 / 64, rel=0.1)
+
+
+@ORTHOGONAL
+def test_orthogonal_starts_leave_head_and_biases_as_xavier_does(init):
+    model = build_model("vit", CIFAR, 100, seed=4, init=init, qkv_bias=True)
+    assert_uniform(model.head.weight, math.sqrt(6 / 356))
+    assert all(not m.bias.any() for m in [*linears(model), model.head])
+
+
 def test_mlp_starts_from_the_default_law():
     model = build_model("mlp", CIFAR, 100, seed=5)
     for linear in [*model.layers, model.head]:

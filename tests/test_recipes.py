@@ -225,3 +225,11 @@ def test_a_recipe_draws_its_sketch_from_the_given_generator():
     drawn = regularizer.matrix(torch.empty(1, 256))
     again = torch.empty(256, 64).normal_(0, 1 / 16, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(drawn, again, rtol=0, atol=0)
+
+
+def test_digits_vit_is_the_text_of_the_paper_in_small_and_without_augmentation():
+    size = {"name", "patch", "width", "heads", "epochs", "precision"}
+    size |= {"crop_padding", "flip", "rand_augment", "mixup_alpha", "cutmix_alpha"}
+    for method in ("none", "strong", "weak"):
+        small, whole = (RECIPES[f"{f}/{method}"].as_dict() for f in ("digits-vit", "vit-text"))
+        assert {key for key in whole if small[key] != whole[key]} == size

@@ -1,5 +1,6 @@
 """Losses on batches of representations: Weak and Strong SIGReg, their neighbours, whitening."""
 
+from sigreg_lib.losses.log_scale import LogWeakSIGReg, log_weak_sigreg, log_weak_values
 from sigreg_lib.losses.neighbours import (
     DeCov,
     VCReg,
@@ -34,6 +35,7 @@ __all__ = [
     "STRONG_GRIDS",
     "WHITENINGS",
     "DeCov",
+    "LogWeakSIGReg",
     "SIGReg",
     "VCReg",
     "WeakSIGReg",
@@ -44,6 +46,8 @@ __all__ = [
     "decov",
     "invariance_term",
     "iterative_whiten",
+    "log_weak_sigreg",
+    "log_weak_values",
     "strong_floor",
     "strong_sigreg",
     "strong_values",

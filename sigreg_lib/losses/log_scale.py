@@ -1,0 +1,94 @@
+"""Weak-SIGReg with the scale in logarithms: a covariance loss whose gradient outlives collapse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sigreg_lib.losses._kernels import statistics_dtype, without_autocast
+from sigreg_lib.losses.sigreg import WeakSIGReg, _check_matrix, _check_samples, _mean
+
+
+def log_weak_sigreg(z: Tensor, sketch: Tensor | None = None) -> Tensor:
+    r"""Weak-SIGReg with scale and shape of the covariance apart, the scale in logarithms.
+
+    Let :math:`\Sigma = \mathrm{Cov}(Z S)` and :math:`s^2 = \mathrm{tr}\,\Sigma / K`. Since
+    :math:`\Sigma / s^2 - I` has no trace, :func:`~sigreg_lib.weak_sigreg` is exactly
+
+    .. math:: \lVert \Sigma - I \rVert_F^2
+              = s^4\, \lVert \Sigma / s^2 - I \rVert_F^2 + K\, (s^2 - 1)^2 .
+
+    Its gradient in Z vanishes with s: the one reason is the factor :math:`s^4`, the other that
+    :math:`s^2 - 1` is flat in s at 0. This loss has 1 in place of the one and the logarithm, which
+    agrees with it to first order at the goal, in place of the other:
+
+    .. math:: R^2 = \lVert \Sigma / s^2 - I \rVert_F^2 + K\, (\log s^2)^2 .
+
+    So :math:`R(a Z)` has a gradient of order 1 in :math:`\log a` at every scale a, and the gradient
+    in Z is of order 1 / s. In a weight of a network whose output is proportional to it, the
+    gradient does not depend on the scale of the features at all. Where Weak starts from a sensible
+    scale there is nothing to gain; see notebook 25 for where there is.
+
+    Args:
+        z: representations, shape (..., N, C), any float dtype, N >= 2.
+        sketch: S, shape (C, K); None (default) uses the channels as they are.
+
+    Returns:
+        scalar, dimensionless, averaged over the leading dimensions; 0 where the covariance is I.
+        Finite everywhere: where all samples coincide exactly, no direction leads out, the variance
+        counts as the smallest that the dtype holds, and the gradient is 0.
+
+    Raises:
+        TypeError: z is not a floating-point tensor.
+        ValueError: fewer than two samples, or a sketch of another shape.
+
+    Source: ours; the loss it departs from is arXiv 2603.05924's.
+    """
+    return _mean(log_weak_values(z, sketch))
+
+
+def log_weak_values(z: Tensor, sketch: Tensor | None = None) -> Tensor:
+    """:func:`log_weak_sigreg` for each batch: shape (...) instead of the mean over it."""
+    _check_samples(z, at_least=2)
+    _check_matrix(z, sketch, "sketch")
+    with without_autocast(z.device.type):
+        z = statistics_dtype(z)
+        y = z if sketch is None else z @ sketch.to(z)
+        k, tiny = y.shape[-1], torch.finfo(y.dtype).tiny
+        y = y - y.mean(-2, keepdim=True)
+        # A constant factor brings the squares into range; its logarithm is added again below.
+        unit = y.detach().abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+        u = y / unit
+        covariance = u.mT @ u / (y.shape[-2] - 1)
+        variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(tiny)
+        eye = torch.eye(k, dtype=y.dtype, device=y.device)
+        shape = torch.linalg.vector_norm(covariance / variance[..., None, None] - eye, dim=(-2, -1))
+        scale = math.sqrt(k) * (variance.log() + 2 * unit[..., 0, 0].log())
+        return torch.linalg.vector_norm(torch.stack([shape, scale]), dim=0)  # gradient 0 at 0
+
+
+class LogWeakSIGReg(WeakSIGReg):
+    """:func:`log_weak_sigreg` as a module that draws its sketch; a batch of one process.
+
+    Args:
+        sketch_dim, sketch, resample, generator, seed: as in :class:`~sigreg_lib.WeakSIGReg`.
+    """
+
+    def __init__(
+        self,
+        sketch_dim: int = 64,
+        *,
+        sketch: str = "gaussian",
+        resample: bool = True,
+        generator: torch.Generator | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            sketch_dim, sketch=sketch, resample=resample, generator=generator, seed=seed
+        )
+
+    def values(self, z: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """The loss of each batch, (..., N, C) -> (...), under a given matrix."""
+        return log_weak_values(z, matrix)
