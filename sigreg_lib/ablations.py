@@ -108,13 +108,14 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     ``accuracy`` (test, that epoch) and ``best`` (the optimistic figure) in percent,
     ``effective_dim`` of the last layer, ``regularizer`` and its ``floor``, averages over layers,
     and ``probe``: Weak of the same sketch (K = 64) for every run, average over layers, so that runs
-    of different K compare. ``weight``: lam, the setting or what "auto" found. ``status``: ``done``,
-    ``diverged``, ``partial`` (not come so far), ``untested`` after that epoch, or ``missing``; only
-    ``done`` has figures.
+    of different K compare. ``weight``: lam, the setting or what "auto" found, once it is found. ``status``:
+    ``done``, ``diverged``, ``partial`` (not come so far), ``untested`` after that epoch, or
+    ``missing``; only ``done`` has the other figures.
     """
     nothing = dict.fromkeys(OUTCOMES, math.nan)
     if record is None:
         return nothing | {"status": "missing", "epoch": 0}
+    nothing["weight"] = _number(record.provenance.get("lam", record.config["lam"]))
     stop = record.epochs_planned if epochs is None else epochs
     ended_badly = record.status == "diverged" and record.epochs <= stop
     if record.epochs < stop or ended_badly:
@@ -133,7 +134,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
         "regularizer": _number(at["regularizer"]),
         "floor": _number(at["regularizer_floor"]),
         "probe": sum(probe) / len(probe) if probe else math.nan,
-        "weight": _number(record.provenance.get("lam", record.config["lam"])),
+        "weight": nothing["weight"],
         "epoch": stop,
         "status": "done",
     }

@@ -138,4 +138,5 @@ def test_the_weight_of_a_run_that_sought_it_is_the_one_it_found(found, weight):
     run = Run("digits/weak", 0, {"lam": "auto", "epochs": 1})
     record = finished(run, [10.0])
     record.provenance.update(found)
-    assert outcome(record)["weight"] == pytest.approx(weight, nan_ok=True)
+    for epochs in (1, 2):  # come so far or not
+        assert outcome(record, epochs)["weight"] == pytest.approx(weight, nan_ok=True)
