@@ -26,10 +26,9 @@ def log_weak_sigreg(z: Tensor, sketch: Tensor | None = None) -> Tensor:
 
     .. math:: R^2 = \lVert \Sigma / s^2 - I \rVert_F^2 + K\, (\log s^2)^2 .
 
-    So :math:`R(a Z)` has a gradient of order 1 in :math:`\log a` at every scale a, and the gradient
-    in Z is of order 1 / s. In a weight of a network whose output is proportional to it, the
-    gradient does not depend on the scale of the features at all. Where Weak starts from a sensible
-    scale there is nothing to gain; see notebook 25 for where there is.
+    So the slope of :math:`R(a Z)` in :math:`\log a`, :math:`2 K \log s^2 / R`, tends to
+    :math:`-2 \sqrt K` as the scale falls to 0, and is 0 at :math:`s = 1`: in a weight to which the
+    output is proportional, the gradient then no longer depends on how small the features are.
 
     Args:
         z: representations, shape (..., N, C), any float dtype, N >= 2.
@@ -38,7 +37,7 @@ def log_weak_sigreg(z: Tensor, sketch: Tensor | None = None) -> Tensor:
     Returns:
         scalar, dimensionless, averaged over the leading dimensions; 0 where the covariance is I.
         Finite everywhere: where all samples coincide exactly, no direction leads out, the variance
-        counts as the smallest that the dtype holds, and the gradient is 0.
+        counts as the cube of the dtype's smallest normal number, and the gradient is 0.
 
     Raises:
         TypeError: z is not a floating-point tensor.
