@@ -108,9 +108,9 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     ``accuracy`` (test, that epoch) and ``best`` (the optimistic figure) in percent,
     ``effective_dim`` of the last layer, ``regularizer`` and its ``floor``, averages over layers,
     and ``probe``: Weak of the same sketch (K = 64) for every run, average over layers, so that runs
-    of different K compare. ``weight``: lam, the setting or what "auto" found, once it is found. ``status``:
-    ``done``, ``diverged``, ``partial`` (not come so far), ``untested`` after that epoch, or
-    ``missing``; only ``done`` has the other figures.
+    of different K compare. ``weight``: lam, the setting or what "auto" found, once it is found.
+    ``status``: ``done``, ``diverged``, ``partial`` (not come so far), ``untested`` after that
+    epoch, or ``missing``; only ``done`` has the other figures.
     """
     nothing = dict.fromkeys(OUTCOMES, math.nan)
     if record is None:
