@@ -127,14 +127,13 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     accuracies = [a for a in record.history["test_accuracy"][:stop] if a is not None]
     looked = dict(zip(record.layers["epoch"], record.layers.get("weak", ()), strict=False))
     probe = looked.get(stop)
-    return {
+    return nothing | {
         "accuracy": at["test_accuracy"],
         "best": max(accuracies),
         "effective_dim": at["effective_dim"],
         "regularizer": _number(at["regularizer"]),
         "floor": _number(at["regularizer_floor"]),
         "probe": sum(probe) / len(probe) if probe else math.nan,
-        "weight": nothing["weight"],
         "epoch": stop,
         "status": "done",
     }

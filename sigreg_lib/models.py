@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigreg_lib._blocks import (
+    NORM_LAYERS,
     Block,
     DropPath,
     Rotary,
@@ -29,7 +30,7 @@ from sigreg_lib._names import nearest
 
 __all__ = ["MLP", "DropPath", "Rotary", "VisionTransformer", "build_model", "redraw_drop_path"]
 
-NORMS = ("none", "layer", "batch", "iterative")
+NORMS = tuple(NORM_LAYERS)
 ROTARY = ("published", "axial", "none")
 INITS = ("truncated_normal", "expert", "xavier", "default", "orthogonal", "identity_attention")
 

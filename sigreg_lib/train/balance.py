@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 STEPS = 100  # that are looked at
-TARGET = 0.03  # norm of the weighted gradient of R over that of the task; best on 21's grid
+TARGET = 0.03  # norm of the weighted gradient of R over that of the task; 21 says how it was chosen
 
 MOST = 9.0  # of lam / (1 - lam), or lam: a regularizer without a gradient must not silence the task
 TINY = 1e-12  # a norm below it counts as none
