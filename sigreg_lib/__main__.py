@@ -61,7 +61,11 @@ def _list(options: argparse.Namespace) -> int:
         parts = [f"{r.model} {r.depth} x {r.width}", f"norm {r.norm}"]
         parts.append("residual" if r.residual else "no residual")
         parts.append(f"{r.optimizer} {r.lr:g}")
-        parts.append(f"{'(1 - lam) CE + ' if r.convex else 'CE + '}lam R, lam {r.lam:g}")
+        task = "(1 - lam) CE" if r.convex else "CE"
+        if r.regularizer != "none":
+            parts.append(f"{task} + lam {r.regularizer.title()}, lam {r.lam:g}, K {r.sketch_dim}")
+        else:
+            parts.append(f"{task}, lam {r.lam:g}" if r.convex else task)
         print(f"{name:{width}}  {', '.join(parts)}, {r.epochs} epochs")
     return 0
 

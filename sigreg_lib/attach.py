@@ -85,7 +85,7 @@ class Handle:
     """
 
     def __init__(self, model, taps, regularizer, on, pool, weights, columns) -> None:
-        self.model, self.regularizer, self.pool = model, regularizer, pool
+        self.model, self.regularizer, self.on, self.pool = model, regularizer, on, pool
         self.names: tuple[str, ...] = tuple(taps)
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.columns = (None,) * len(self.names) if columns is None else tuple(columns)
@@ -96,6 +96,12 @@ class Handle:
             module.register_forward_hook(self._hook(name, module, on))
             for name, module in taps.items()
         ]
+
+    def __repr__(self) -> str:
+        return (
+            f"Handle({', '.join(self.names)}; on={self.on!r}, pool={self.pool!r}, "
+            f"regularizer={self.regularizer!r})"
+        )
 
     def _hook(self, name: str, tapped: nn.Module, on: str):
         def record(module: nn.Module, inputs: tuple, output) -> None:

@@ -435,6 +435,12 @@ def test_taps_do_not_change_what_the_model_computes():
     assert torch.equal(net(x), expected)
 
 
+def test_a_printed_handle_names_its_layers_and_its_regularizer():
+    said = repr(attach(Net(depth=2), "blocks.*", WeakSIGReg(5), on="input", pool="tokens"))
+    assert said.startswith("Handle(blocks.0, blocks.1; on='input', pool='tokens', ")
+    assert "WeakSIGReg(sketch_dim=5" in said
+
+
 # ---------------------------------------------------------------- in other people's scripts
 
 

@@ -17,8 +17,11 @@ def folders(tmp_path):
 def test_list_has_a_line_for_each_row(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("vit/none ") and "lam 0.1" in lines[0]
-    assert any(line.startswith("mlp/strong ") and "lam 0.01" in line for line in lines)
+    assert lines[0].startswith("vit/none ") and "(1 - lam) CE, lam 0.1," in lines[0]
+    said = {line.split()[0]: line for line in lines}
+    assert "(1 - lam) CE + lam Strong, lam 0.01, K 64," in said["mlp/strong"]
+    assert "CE + lam Weak, lam 0.1, K 64" in said["vit-text/weak"].split("adamw 0.001, ")[1]
+    assert " CE, 400 epochs" in said["vit-text/none"]
 
 
 def test_show_prints_overridden_settings(capsys):
@@ -30,8 +33,10 @@ def test_show_prints_overridden_settings(capsys):
 def test_run_trains_prints_a_line_an_epoch_and_writes_the_record(tmp_path, capsys):
     assert main(["run", "digits/weak", "--seed", "3", *SMALL, *folders(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "epoch 2/2" in lines[1] and "R " in lines[1]
-    record = records.read(tmp_path / "r/digits/digits-weak+width=32+depth=2+epochs=2-s3.json")
+    assert len(lines) == 3 and "epoch 2/2" in lines[1] and "R " in lines[1]
+    path = tmp_path / "r/digits/digits-weak+width=32+depth=2+epochs=2-s3.json"
+    assert lines[2].endswith(f"finished at epoch 2, record {path}")
+    record = records.read(path)
     assert record.seed == 3 and record.status == "finished"
     assert f"test {record.last['test_accuracy']:.2f}%" in lines[1]
 

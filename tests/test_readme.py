@@ -30,6 +30,12 @@ def test_a_row_of_the_table_is_what_the_records_and_the_paper_say(row):
     assert len(found) == int(n)
     assert f"{sum(found) / len(found):.2f}" == ours
     assert float(theirs) == curve[at]
+    assert not any(
+        r.epochs >= later
+        for _, r in records.select(ROOT / "figures/records/cifar100", recipe=name)
+        for later in curve
+        if later > at and not r.overrides
+    )
 
 
 def test_every_file_that_the_readme_links_is_there():

@@ -120,14 +120,15 @@ def test_only_the_published_recipe_and_the_seeds_asked_for_are_taken(tmp_path):
     assert found.seeds == [0] and found.missing == [1]
 
 
-def test_runs_of_different_length_are_compared_where_all_of_them_are(tmp_path):
+def test_runs_of_different_length_are_each_compared_as_far_as_they_go(tmp_path):
     found = row(tmp_path, made(seed=0, epochs=53), made(seed=1, epochs=12, offset=1.0))
-    assert (found.epoch, found.compared) == (10, [1, 5, 10])
+    assert (found.epoch, found.compared) == (40, [1, 5, 10, 40])
     assert found.difference(10) == pytest.approx(0.5)
-    assert len(found.accuracies(40)) == 1
-    assert "epoch 40 (1 of 2 runs)" in tables.verdict(found).reason
+    assert found.difference(40) == pytest.approx(0.0) and len(found.accuracies(40)) == 1
+    reason = tables.verdict(found).reason
+    assert "not all runs are there: epoch 40 (1 of 2 runs)" in reason and "n = 1" in reason
     table = tables.results_table([found])["Weak"]
-    assert table["epoch compared"] == "10" and table["n"] == "2"
+    assert table["epoch compared"] == "40" and table["n"] == "1 of 2"
     # runs of different length have no mean of their last epochs
     assert table["our last (epoch)"].count("(53)") == table["our last (epoch)"].count("(12)") == 1
 
@@ -246,6 +247,20 @@ def test_an_interval_wider_than_the_tolerance_is_said(tmp_path):
     assert "wider" not in reason(tmp_path / "c", 0.0)  # one run has no interval
 
 
+def test_a_short_run_more_does_not_take_the_last_epoch_from_a_finished_one(tmp_path):
+    runs = made(epochs=400), made(seed=1, epochs=100), made(seed=2, epochs=4)
+    found = tables.verdict(row(tmp_path / "a", *runs))
+    assert found.word == "reproduced" and found.epoch == 400
+    assert "200 (1 of 3 runs), 400 (1 of 3 runs)" in found.reason
+    # but what it shows counts where it goes
+    off = made(epochs=400), made(seed=1, epochs=100, offset=3.2)
+    found = tables.verdict(row(tmp_path / "b", *off))
+    assert found.word == "not reproduced" and "+1.60 points at epoch 40" in found.reason
+    rows = tables.collect(written(tmp_path / "a", made("mlp/none", epochs=400)), "mlp", (0, 1, 2))
+    differences = tables.differences(rows)
+    assert differences.n.tolist() == ["3 and 1", *["2 and 1"] * 3, *["1 and 1"] * 2]
+
+
 def test_the_mean_over_seeds_is_judged_not_each_run(tmp_path):
     runs = [made(seed=s, epochs=400, offset=o) for s, o in enumerate((-2, 0, 2))]
     assert tables.verdict(row(tmp_path, *runs)).word == "reproduced"
@@ -260,7 +275,8 @@ def test_a_run_before_its_first_published_epoch_is_missing_and_says_why(tmp_path
     found = tables.verdict(row(tmp_path / "a", made(epochs=4, every=3)))
     assert found.word == "missing" and "no published epoch was tested" in found.reason
     found = tables.verdict(row(tmp_path / "b", made(epochs=12, every=5), made(seed=1, epochs=4)))
-    assert found.word == "missing" and "share no published epoch" in found.reason
+    assert str(found) == "reproduced in part (to epoch 10)"
+    assert "epoch 1 (1 of 2 runs), 5 (1 of 2 runs), 10 (1 of 2 runs)" in found.reason
 
 
 def test_runs_of_other_data_are_not_judged(tmp_path, monkeypatch):
@@ -440,7 +456,7 @@ def test_every_state_of_the_records_can_be_drawn(tmp_path):
     assert titles == [
         "No regularizer:\nreproduced",
         "Strong:\nmissing",
-        "Weak:\nreproduced in part (to epoch 1)",
+        "Weak:\nreproduced in part (to epoch 40)",
     ]
     # six published points in every panel, and all epochs of every run
     points, *runs = drawn[0].axes[2].lines

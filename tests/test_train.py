@@ -229,6 +229,29 @@ def test_a_run_that_has_its_epochs_is_not_repeated(tmp_path):
     assert train(recipe, epochs=3, **options(tmp_path)).status == "finished"
 
 
+def test_a_run_without_its_checkpoint_keeps_the_longer_record_until_it_is_passed(tmp_path, capsys):
+    recipe = RECIPES["digits/none"].override(**SMALL)
+    train(recipe, epochs=2, **options(tmp_path))
+    path = next((tmp_path / "r").rglob("*.json"))
+    before = path.read_bytes()
+    next((tmp_path / "c").rglob("*.pt")).unlink()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(record, epochs):
+        raise Stopped(record.epochs)
+
+    for epoch in (1, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "line", stop)  # the first thing after an epoch's record
+            with pytest.raises(Stopped, match=str(epoch)):
+                train(recipe, epochs=3, **options(tmp_path) | {"quiet": False})
+        assert (path.read_bytes() == before) == (epoch == 1)
+    assert "no checkpoint, beginning again" in capsys.readouterr().out
+    assert train(recipe, epochs=3, **options(tmp_path)).epochs == 3
+
+
 @pytest.mark.parametrize("status", ["finished", "diverged"])
 def test_a_run_killed_between_its_last_checkpoint_and_its_record_only_writes_the_record(
     tmp_path, status
@@ -522,7 +545,8 @@ def test_the_lines_of_a_run_and_of_a_sweep_cope_with_epochs_that_were_not_tested
     recipe = RECIPES["digits/weak"].override(**SMALL)
     shown = options(tmp_path) | {"quiet": False}
     record = train(recipe, evaluate_every=2, **shown)
-    lines = capsys.readouterr().out.splitlines()
+    *lines, end = capsys.readouterr().out.splitlines()
+    assert end.split(": ", 1)[1].startswith("finished at epoch 3, record ")
     assert ["test " in line for line in lines] == [False, True, True]
     assert ["effective dim " in line for line in lines] == [False, True, True]
     assert all("loss " in line and "R " in line for line in lines)

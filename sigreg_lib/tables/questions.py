@@ -261,8 +261,9 @@ def differences(rows: Sequence[Row]) -> DataFrame:
     lines = []
     for row in others:
         for epoch in [e for e in row.compared if e in base.compared]:
-            mean, half = interval_of_difference(row.accuracies(epoch), base.accuracies(epoch))
-            n = f"{len(row.seeds)} and {len(base.seeds)}"
+            a, b = row.accuracies(epoch), base.accuracies(epoch)
+            mean, half = interval_of_difference(a, b)
+            n = f"{len(a)} and {len(b)}"
             line = {"difference": f"{row.label} - none", "epoch": epoch, "n": n}
             line |= {"ours": f"{mean:+.2f}", "95% interval": _interval(mean, half)}
             if row.judged:

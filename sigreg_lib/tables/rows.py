@@ -81,12 +81,13 @@ class Row:
 
     @property
     def compared(self) -> list[int]:
-        """Shared epochs at which there is something to compare with: those of the published curve.
+        """Published epochs after which a run was tested, each judged by the runs that were.
 
         For runs that are not comparable: all shared epochs.
         """
-        curve = self.published.curve
-        return [epoch for epoch in self.shared if epoch in curve or not self.judged]
+        if not self.judged:
+            return self.shared
+        return [epoch for epoch in self.published.curve if self.accuracies(epoch)]
 
     @property
     def epoch(self) -> int | None:

@@ -34,15 +34,16 @@ class Verdict:
 
 
 def verdict(row: Row, tolerance: float | None = None) -> Verdict:
-    """Judge a row by one rule, at the published epochs that all its runs have reached.
+    """Judge a row by one rule, at the published epochs that its runs have reached.
 
-    *reproduced*: the runs finished and their mean lies within the tolerance at every published
-    epoch; *reproduced in part (to epoch E)*: within it at every published epoch up to E, where the
-    runs, or the shortest of them, end for now; *not reproduced*: outside it at one of these epochs,
-    or a run diverged; *missing*: no record, or none with a published epoch that all runs have.
+    The mean at an epoch is over the runs tested after it. *reproduced*: it lies within the
+    tolerance at every published epoch that was tested, the last of the schedule among them;
+    *reproduced in part (to epoch E)*: the same, and E is the latest; *not reproduced*: it lies
+    outside at one of them, or a run diverged; *missing*: no run was tested at a published epoch.
 
-    The reason names what weakens the word: other published rows that the runs would pass as too
-    (:func:`passes_as`), and epochs at which the runs' 95% interval is wider than the tolerance.
+    The reason names what weakens the word: epochs that not all runs have reached, other published
+    rows that the runs would pass as too (:func:`passes_as`), and epochs at which the runs' 95%
+    interval is wider than the tolerance.
 
     Args:
         row: published numbers and runs.
@@ -58,16 +59,14 @@ def verdict(row: Row, tolerance: float | None = None) -> Verdict:
         when = ", ".join(f"seed {s} at epoch {row.records[s].epochs}" for s in diverged)
         return Verdict("not reproduced", row.epoch, f"diverged: {when}{gaps}")
     if row.epoch is None:
-        tested = any(row.accuracies(epoch) for epoch in row.published.curve)
-        why = "its runs share no published epoch" if tested else "no published epoch was tested"
-        why = why if row.seeds else "no record"
+        why = "no published epoch was tested" if row.seeds else "no record"
         return Verdict("missing", None, why + gaps)
-    ahead = [
-        f"{epoch} ({len(row.accuracies(epoch))} of {len(row.seeds)} runs)"
-        for epoch in row.published.curve
-        if row.accuracies(epoch) and epoch not in row.compared
+    few = [
+        f"{epoch} ({n} of {len(row.seeds)} runs)"
+        for epoch in row.compared
+        if (n := len(row.accuracies(epoch))) < len(row.seeds)
     ]
-    gaps += f"; not judged, as not all runs are there: epoch {', '.join(ahead)}" if ahead else ""
+    gaps += f"; not all runs are there: epoch {', '.join(few)}" if few else ""
     at_last = _against(row, row.epoch)
     gaps = _weaknesses(row, tolerance) + gaps
     off = [e for e in row.compared if _outside(row, row.published, e, tolerance)]
@@ -159,8 +158,8 @@ def results_table(rows: Iterable[Row]) -> DataFrame:
 
     Best is the highest test accuracy of all epochs, as published; last is the row's primary figure.
     Both are given for the epochs that our runs have, with these in brackets, run by run where runs
-    differ in length; the comparison is made at the latest published epoch that all runs have.
-    "Would pass as" names the other rows that :func:`passes_as` finds.
+    differ in length; the comparison is made at the latest published epoch that a run has, n being
+    the runs that have it. "Would pass as" names the other rows that :func:`passes_as` finds.
     """
     import pandas as pd
 
@@ -177,7 +176,7 @@ def results_table(rows: Iterable[Row]) -> DataFrame:
             "epoch compared": "-" if epoch is None else str(epoch),
             "published": f"{curve[epoch]:.2f}" if row.judged and values else "-",
             "ours": report.format_mean(values, digits=2).split(" (")[0] if values else "missing",
-            "n": str(len(row.seeds)),
+            "n": _of_all(len(values), len(row.seeds)),
             "difference": f"{row.difference(epoch):+.2f}" if row.judged and values else "-",
         }
         runs = [row.records[s] for s in row.seeds]
@@ -197,6 +196,10 @@ def results_table(rows: Iterable[Row]) -> DataFrame:
         lines.append(name | published | there | ours | said)
     table = pd.DataFrame(lines).set_index("regularizer").T
     return table.rename_axis(index="test accuracy (%)", columns=None)
+
+
+def _of_all(n: int, runs: int) -> str:
+    return str(n) if n == runs else f"{n} of {runs}"
 
 
 def _with_epochs(pairs: Sequence[tuple[int, float]], alike: bool) -> str:

@@ -53,7 +53,8 @@ def train(
     Every epoch ends with a checkpoint and the record, each written in one piece: a killed run goes
     on after its last whole epoch and ends with the same weights (on the CPU without compilation:
     to the bit). A run whose record already has the epochs asked for, or that diverged, is not
-    repeated.
+    repeated. One that has to begin again, its checkpoint lost, leaves the record it has until it
+    has passed it.
 
     Args:
         recipe: all settings, ``recipe.epochs`` the length of the schedule.
@@ -105,6 +106,8 @@ def train(
         record = resumed(saved["record"], record, checkpoint)
         trainer.load_state(saved)
         say(f"{record.name}: resuming after epoch {record.epochs}")
+    elif found is not None:
+        say(f"{record.name}: no checkpoint, beginning again; {path} is kept until it is passed")
     floor = trainer.floor()
     note_session(record, provenance(trainer, compile, graph))
     while record.epochs < stop and record.status == "partial":
@@ -117,9 +120,11 @@ def train(
         if trainer.balance is not None and trainer.balance.done:
             record.provenance["lam"] = records.round_floats(trainer.balance.weight().item())
         save(checkpoint, trainer.state() | {"record": record.to_json()})
-        record.write(path)
+        if found is None or record.epochs >= found.epochs or record.status == "diverged":
+            record.write(path)
         say(line(record, stop))
     record.write(path)
+    say(f"{record.name}: {record.status} at epoch {record.epochs}, record {path}")
     return record
 
 
