@@ -1,8 +1,9 @@
 """Tables and figures from run records: one style, saved with their provenance.
 
 `save_figure` and `save_table` write the caption, the records and the commit into the files and into
-the index `README.md` beside them. The same code and records give the same bytes: a figure changes
-in the history only when its content does. Plotting and table libraries are imported where used.
+the index `README.md` beside them, `save_animation` into the index alone. The same code and records
+give the same bytes: a figure changes in the history only when its content does. Plotting and table
+libraries are imported where used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import posixpath
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from sigreg_lib._names import nearest
 from sigreg_lib.records import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.animation import Animation
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
@@ -42,7 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 _LATEX = {c: rf"\{c}" for c in "%&#$_{}"} | {"\\": r"\textbackslash{}"}
 _LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_ENTRY = re.compile(r"^<!-- (figure|table) (\S+) -->\n.*?^<!-- end of \2 -->\n", re.M | re.S)
+_KINDS = "animation|figure|table"
+_ENTRY = re.compile(rf"^<!-- ({_KINDS}) (\S+) -->\n.*?^<!-- end of \2 -->\n", re.M | re.S)
 
 
 def _nearest(name: object, known: Iterable[object]) -> str:
@@ -230,6 +234,39 @@ def save_figure(
             write_atomically(Path(out) / f"{name}.{suffix}", buffer.getvalue())
     links = f"![{name}]({name}.png)\n\n{caption}\n\n[PDF]({name}.pdf), [PNG]({name}.png)."
     _index(Path(out), ("figure", name), f"{links} Records: {listed}. Commit: {commit}.")
+
+
+def save_animation(
+    animation: Animation,
+    name: str,
+    *,
+    caption: str,
+    records: Iterable[str | Path] = (),
+    out: str | Path,
+    fps: int = 12,
+    dpi: int = 90,
+) -> None:
+    """Save `out/name.gif` and index it.
+
+    Args:
+        animation: of matplotlib.
+        name, caption, records, out: as in `save_figure`.
+        fps: frames a second.
+        dpi: pixels an inch.
+
+    Raises:
+        ValueError: as `save_figure`.
+    """
+    from matplotlib.animation import PillowWriter
+
+    caption, listed, commit = _provenance(name, caption, records)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:  # the writer takes a path, not a buffer
+        path = Path(folder, "animation.gif")
+        animation.save(path, PillowWriter(fps=fps), dpi=dpi)
+        write_atomically(Path(out) / f"{name}.gif", path.read_bytes())
+    links = f"![{name}]({name}.gif)\n\n{caption}\n\n[GIF]({name}.gif)."
+    _index(Path(out), ("animation", name), f"{links} Records: {listed}. Commit: {commit}.")
 
 
 def save_table(

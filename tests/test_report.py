@@ -101,6 +101,26 @@ def test_saving_again_gives_the_same_bytes(fig, record, tmp_path):
     ]
 
 
+def test_an_animation_is_saved_in_whole_and_indexed(fig, tmp_path):
+    from matplotlib.animation import FuncAnimation
+    from PIL import Image
+
+    (line,) = fig.axes[0].plot([0, 1], [0, 1])
+    moving = FuncAnimation(fig, lambda i: line.set_ydata([0, i]), frames=3)
+    for folder in ("a", "b"):
+        report.save_animation(moving, "moves", caption=CAPTION, out=tmp_path / folder, dpi=40)
+    saved = tmp_path / "a" / "moves.gif"
+    with Image.open(saved) as picture:
+        assert picture.n_frames == 3 and picture.format == "GIF"
+    assert saved.read_bytes() == (tmp_path / "b" / "moves.gif").read_bytes()
+    index = (tmp_path / "a" / "README.md").read_text()
+    assert "<!-- animation moves -->" in index and "![moves](moves.gif)" in index
+    assert CAPTION in index and "[GIF](moves.gif)" in index
+    with pytest.raises(ValueError, match="caption of 'still' is empty"):
+        report.save_animation(moving, "still", caption="", out=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "file"
     report.write_atomically(path, b"old")

@@ -614,3 +614,44 @@ def test_what_is_expected_of_the_end_is_not_measured_before_it():
     assert "not measured (epoch 3 of 400" in tables.held_at_end("x", True, diverged)
     assert tables.held_at_end("x", True, finished, "5").endswith(": holds (5)")
     assert tables.held_at_end("x", None, None).endswith("not measured")
+
+
+# fitting and generalizing
+
+
+def fitted(name, trained, tested, seed=0, **overrides):
+    """A run with these training and test accuracies; None: not tested after that epoch."""
+    record = made(name, seed=seed, epochs=len(tested), overrides=overrides)
+    record.history |= {"train_accuracy": list(trained), "test_accuracy": list(tested)}
+    return record
+
+
+def test_runs_are_compared_where_they_fit_the_training_set_alike():
+    base = fitted("mlp/none", [10, 25, 40, 60], [9, 19, 22, 21])
+    weak = fitted("mlp/weak", [8, 20, 24, 41], [8, 18, 23, 33])
+    table = tables.fit_table({"none": base, "Weak": weak}, (10, 24, 50))
+    assert table.loc["none"].tolist() == ["9.00 (1)", "19.00 (2)", "21.00 (4)"]
+    assert table.loc["Weak"].tolist() == ["18.00 (2)", "23.00 (3)", "-"]
+    # at 41%, the most that both have: Weak after epoch 4, the baseline first after epoch 4 too
+    assert tables.gain_at_equal_fit(weak, base) == (41, 12, 4, 4)
+    base.history["train_accuracy"][2] = 41.0
+    assert tables.gain_at_equal_fit(weak, base) == (41, 11, 4, 3)
+    assert tables.gain_at_equal_fit(base, weak) == (41, -11, 3, 4)
+    said = tables.compared_fit("Weak", weak, "none", base)
+    assert "at epoch 4: train at 41.0 and 60.0%, test at 33.00 and 21.00%" in said
+    assert said.endswith("where both train at 41.0% (epochs 4 and 3) Weak tests 11.00 points above")
+    said = tables.compared_fit("none", base, "Weak", weak)
+    assert said.endswith("none tests 11.00 points below")
+
+
+def test_epochs_that_were_not_tested_are_left_out_of_fits():
+    base = fitted("mlp/none", [10, 25, 40], [9, None, 22])
+    weak = fitted("mlp/weak", [8, 24, 30], [None, 20, None])
+    assert tables.fit_table({"none": base}, (20,)).loc["none", 20] == "22.00 (3)"
+    assert tables.gain_at_equal_fit(weak, base) == (24, -2, 2, 3)
+    assert "not measured at a common epoch" in tables.compared_fit("Weak", weak, "none", base)
+    fig = tables.plot_fit({"none": base, "decay": fitted("mlp/none", [5], [6], weight_decay=0.1)})
+    one, other, _ = fig.axes[0].lines
+    assert list(one.get_xdata()) == [10, 40] and list(one.get_ydata()) == [9, 22]
+    assert one.get_color() != other.get_color()
+    assert [t.get_text() for t in tables.plot_fit({}).axes[0].texts] == ["no record"]

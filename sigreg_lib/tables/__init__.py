@@ -1,9 +1,18 @@
 """Tables 1 to 3: rows from run records beside the published ones, verdicts, questions, figures."""
 
-from sigreg_lib.tables.figures import plot_curves, plot_gradients, plot_layers, plot_spectra
+from sigreg_lib.tables.figures import (
+    plot_curves,
+    plot_fit,
+    plot_gradients,
+    plot_layers,
+    plot_spectra,
+)
 from sigreg_lib.tables.optimization import (
     clipping,
+    compared_fit,
     expected_best,
+    fit_table,
+    gain_at_equal_fit,
     jitter,
     milestones,
     optimization_table,
@@ -48,12 +57,15 @@ __all__ = [
     "clipping",
     "collect",
     "common_look",
+    "compared_fit",
     "curve_table",
     "described",
     "differences",
     "expected_best",
     "features",
+    "fit_table",
     "gain",
+    "gain_at_equal_fit",
     "held",
     "held_at_end",
     "interval_of_difference",
@@ -67,6 +79,7 @@ __all__ = [
     "optimization_table",
     "passes_as",
     "plot_curves",
+    "plot_fit",
     "plot_gradients",
     "plot_layers",
     "plot_spectra",

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from sigreg_lib import report
 from sigreg_lib.records import Record, spectrum_ranks
+from sigreg_lib.tables.optimization import fits
 from sigreg_lib.tables.rows import Row
 from sigreg_lib.tables.verdicts import verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_VARIANTS = ("#029e73", "#cc78bc", "#d55e00", "#56b4e9")  # seaborn's colorblind, unused so far
 
 
 def plot_curves(rows: Sequence[Row]) -> Figure:
@@ -149,6 +152,33 @@ def plot_gradients(rows: Sequence[Row], clip: float) -> Figure:
     _epoch_ticks(ax, max(ends))
     if len(ends) > 1:
         ax.legend(loc="upper left", handlelength=3, fontsize=7)
+    else:
+        _missing(ax)
+    return fig
+
+
+def plot_fit(runs: Mapping[str, Record]) -> Figure:
+    """Test accuracy over training accuracy, a line a run from epoch to epoch.
+
+    On the dotted diagonal a run tests as it trains. Runs of other settings than a named recipe's
+    have colours of their own.
+    """
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(report.COLUMN, 2.7))
+    colours = iter(_VARIANTS)
+    highest = 1.0
+    for name, run in runs.items():
+        trained, tested = [each[1] for each in fits(run)], [each[2] for each in fits(run)]
+        look = report.method_style(run.config["regularizer"]) | {"marker": ""}
+        if run.overrides:
+            look |= {"color": next(colours), "linestyle": "-."}
+        ax.plot(trained, tested, **look, label=name)
+        highest = max(highest, *tested)
+    ax.axline((0, 0), slope=1, color="0.4", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="training accuracy (%)", ylabel="test accuracy (%)", ylim=(0, 1.15 * highest))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="lower right", fontsize=7, handlelength=3)
     else:
         _missing(ax)
     return fig

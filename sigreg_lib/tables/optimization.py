@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,6 +86,75 @@ def milestones(rows: Iterable[Row], levels: Sequence[float]) -> DataFrame:
         first = {lv: next((str(e) for e, a in pairs if a >= lv), "-") for lv in levels}
         table[row.label] = first if row.seeds else dict.fromkeys(levels, "missing")
     return pd.DataFrame(table).T.rename_axis("first epoch at (%)")
+
+
+def fit_table(runs: Mapping[str, Record], levels: Sequence[float]) -> DataFrame:
+    """Test accuracy (%) after the first epoch at which a run trains at a level (%) or above.
+
+    Runs compared so have fitted the training set alike, however long each took: a cell is
+    "23.11 (40)" with that epoch in brackets, "-" where the run has not got there. Training accuracy
+    is measured on augmented images while the weights change.
+
+    Args:
+        runs: by the name of their line.
+        levels: training accuracies, a column each.
+    """
+    import pandas as pd
+
+    table: dict[str, dict[float, str]] = {}
+    for name, run in runs.items():
+        table[name] = dict.fromkeys(levels, "-")
+        for level in levels:
+            for epoch, trained, tested in fits(run):
+                if trained >= level:
+                    table[name][level] = f"{tested:.2f} ({epoch})"
+                    break
+    return pd.DataFrame(table).T.rename_axis("test at a training accuracy of (%)")
+
+
+def gain_at_equal_fit(run: Record, base: Record) -> tuple[float, float, int, int] | None:
+    """How far a run tests above another that trains as well.
+
+    Looked at where the run that has fitted less has its highest training accuracy, and the other
+    first has it.
+
+    Returns:
+        training accuracy (%), difference (points), epochs of ``run`` and ``base``; None where an
+        epoch of either was not measured.
+    """
+    pairs = [fits(run), fits(base)]
+    if not all(pairs):
+        return None
+    level = min(max(trained for _, trained, _ in each) for each in pairs)
+    found = [next((e, tested) for e, trained, tested in each if trained >= level) for each in pairs]
+    (epoch, own), (other, theirs) = found
+    return level, own - theirs, epoch, other
+
+
+def compared_fit(name: str, run: Record, other_name: str, other: Record) -> str:
+    """One line: how two runs train and test at their last common epoch, and at equal training.
+
+    The latter by :func:`gain_at_equal_fit`.
+    """
+    epochs = sorted({e for e, *_ in fits(run)} & {e for e, *_ in fits(other)})
+    found = gain_at_equal_fit(run, other)
+    if not epochs or found is None:
+        return f"{name} and {other_name}: not measured at a common epoch"
+    own, theirs = ({e: rest for e, *rest in fits(r)}[epochs[-1]] for r in (run, other))
+    level, gained, first, second = found
+    side = "above" if gained >= 0 else "below"
+    return (
+        f"{name} and {other_name} at epoch {epochs[-1]}: train at {own[0]:.1f} and "
+        f"{theirs[0]:.1f}%, test at {own[1]:.2f} and {theirs[1]:.2f}%; where both train at "
+        f"{level:.1f}% (epochs {first} and {second}) {name} tests {abs(gained):.2f} points {side}"
+    )
+
+
+def fits(run: Record) -> list[tuple[int, float, float]]:
+    """Epoch, training and test accuracy (%) of every tested epoch."""
+    epochs, tested = run.measured("test_accuracy")
+    trained = dict(zip(*run.measured("train_accuracy"), strict=True))
+    return [(e, trained[e], a) for e, a in zip(epochs, tested, strict=True) if e in trained]
 
 
 def jitter(record: Record, window: int = 30) -> float | None:
