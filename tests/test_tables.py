@@ -454,10 +454,13 @@ def test_every_state_of_the_records_can_be_drawn(tmp_path):
             fig.canvas.draw()
     titles = [ax.get_title() for ax in drawn[0].axes]
     assert titles == [
-        "No regularizer:\nreproduced",
-        "Strong:\nmissing",
-        "Weak:\nreproduced in part (to epoch 40)",
+        "No regularizer:\nreproduced\n",
+        "Strong:\nmissing\n",
+        "Weak:\nreproduced in part (to epoch 40)\n",
     ]
+    alike = row(tmp_path / "alike", at_points("vit/none", (8.04,)), name="vit/none")
+    (panel,) = tables.plot_curves([alike]).axes
+    assert panel.get_title().endswith("(to epoch 1)\nwould pass as Strong")
     # six published points in every panel, and all epochs of every run
     points, *runs = drawn[0].axes[2].lines
     assert len(points.get_xdata()) == 6 and [len(r.get_xdata()) for r in runs] == [40, 3, 3]
@@ -650,8 +653,8 @@ def test_epochs_that_were_not_tested_are_left_out_of_fits():
     assert tables.fit_table({"none": base}, (20,)).loc["none", 20] == "22.00 (3)"
     assert tables.gain_at_equal_fit(weak, base) == (24, -2, 2, 3)
     assert "not measured at a common epoch" in tables.compared_fit("Weak", weak, "none", base)
-    fig = tables.plot_fit({"none": base, "decay": fitted("mlp/none", [5], [6], weight_decay=0.1)})
+    fig = tables.plot_fit({tables.LABELS["none"]: base, "decay": fitted("mlp/none", [5], [6])})
     one, other, _ = fig.axes[0].lines
     assert list(one.get_xdata()) == [10, 40] and list(one.get_ydata()) == [9, 22]
-    assert one.get_color() != other.get_color()
+    assert one.get_color() == report.METHODS["none"]["color"] != other.get_color()
     assert [t.get_text() for t in tables.plot_fit({}).axes[0].texts] == ["no record"]

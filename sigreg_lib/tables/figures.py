@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sigreg_lib import report
 from sigreg_lib.records import Record, spectrum_ranks
 from sigreg_lib.tables.optimization import fits
-from sigreg_lib.tables.rows import Row
-from sigreg_lib.tables.verdicts import verdict
+from sigreg_lib.tables.rows import LABELS, Row
+from sigreg_lib.tables.verdicts import passes_as, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,9 @@ _VARIANTS = ("#029e73", "#cc78bc", "#d55e00", "#56b4e9")  # seaborn's colorblind
 
 
 def plot_curves(rows: Sequence[Row]) -> Figure:
-    """Test accuracy over epochs, a panel a row, over the published points; titles: verdicts.
+    """Test accuracy over epochs, a panel a row, over the published points.
+
+    Titles: the verdict, and other rows that the runs would pass as.
 
     Mean and 95% interval as far as all runs of a row go; beyond, and where runs differ in length,
     each run by itself as a thin line.
@@ -46,7 +49,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
             report.plot_mean(ax, row.shared, groups, method, marker=few, markersize=2, label=label)
         elif not row.judged:
             _missing(ax)
-        ax.set_title(f"{row.label}:\n{verdict(row)}")
+        others = ", ".join(LABELS[other.method] for other in passes_as(row))
+        ax.set_title(f"{row.label}:\n{verdict(row)}\n{f'would pass as {others}' if others else ''}")
         ax.set(xscale="log", xlabel="epoch")
         _epoch_ticks(ax, 400 if row.judged else max(row.shared, default=10))
         if ax.get_legend_handles_labels()[0]:
@@ -160,18 +164,18 @@ def plot_gradients(rows: Sequence[Row], clip: float) -> Figure:
 def plot_fit(runs: Mapping[str, Record]) -> Figure:
     """Test accuracy over training accuracy, a line a run from epoch to epoch.
 
-    On the dotted diagonal a run tests as it trains. Runs of other settings than a named recipe's
-    have colours of their own.
+    On the dotted diagonal a run tests as it trains. Runs by the names of the rows (``LABELS``) look
+    as everywhere, others have colours of their own.
     """
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(report.COLUMN, 2.7))
-    colours = iter(_VARIANTS)
+    colours = itertools.cycle(_VARIANTS)
     highest = 1.0
     for name, run in runs.items():
         trained, tested = [each[1] for each in fits(run)], [each[2] for each in fits(run)]
         look = report.method_style(run.config["regularizer"]) | {"marker": ""}
-        if run.overrides:
+        if name not in LABELS.values():
             look |= {"color": next(colours), "linestyle": "-."}
         ax.plot(trained, tested, **look, label=name)
         highest = max(highest, *tested)
