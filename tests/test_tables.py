@@ -539,16 +539,16 @@ def descending(tmp_path, epochs=40):
 
 def test_clipping_is_counted_by_epochs_and_shrinks_the_step(tmp_path):
     found = tables.optimization_table([descending(tmp_path)]).loc["No regularizer"]
-    assert found["epochs above the clip (%)"] == "75"
+    assert found["epochs above the clip"] == "30 of 40"
     assert found["step / gradient"] == "0.025"  # 0.1 clipped from 4 to 1
     assert found["train - test (points)"] == "+9.7"
     said = tables.clipping([descending(tmp_path)])
-    assert "mlp/none is clipped in 75% of its 40 epochs and is at a step of 0.025 gradients" in said
+    assert "mlp/none is clipped in 30 of 40 epochs and is at a step of 0.025 gradients" in said
     assert tables.optimization_table([row(tmp_path, name="mlp/weak")]).empty
     unclipped = made("vit/none", epochs=3)
     unclipped.history["grad_norm"] = [2.0] * 3
     found = tables.optimization_table([row(tmp_path, unclipped, name="vit/none")])
-    assert found.loc["No regularizer", "epochs above the clip (%)"] == "no clip"
+    assert found.loc["No regularizer", "epochs above the clip"] == "no clip"
     # AdamW's step is not proportional to the gradient
     assert found.loc["No regularizer", "step / gradient"] == "-"
     said = tables.clipping([row(tmp_path, name="vit/none")])
@@ -630,29 +630,48 @@ def fitted(name, trained, tested, seed=0, **overrides):
 
 
 def test_runs_are_compared_where_they_fit_the_training_set_alike():
-    base = fitted("mlp/none", [10, 25, 40, 60], [9, 19, 22, 21])
-    weak = fitted("mlp/weak", [8, 20, 24, 41], [8, 18, 23, 33])
-    table = tables.fit_table({"none": base, "Weak": weak}, (10, 24, 50))
-    assert table.loc["none"].tolist() == ["9.00 (1)", "19.00 (2)", "21.00 (4)"]
-    assert table.loc["Weak"].tolist() == ["18.00 (2)", "23.00 (3)", "-"]
-    # at 41%, the most that both have: Weak after epoch 4, the baseline first after epoch 4 too
-    assert tables.gain_at_equal_fit(weak, base) == (41, 12, 4, 4)
-    base.history["train_accuracy"][2] = 41.0
-    assert tables.gain_at_equal_fit(weak, base) == (41, 11, 4, 3)
-    assert tables.gain_at_equal_fit(base, weak) == (41, -11, 3, 4)
+    base = fitted("mlp/none", [10, 30, 40, 60], [9, 19, 22, 20])
+    weak = fitted("mlp/weak", [8, 20, 24, 45], [8, 18, 22, 32.5])
+    table = tables.fit_table({"none": base, "Weak": weak}, (5, 10, 24, 50))
+    # between 10 and 30% the baseline rises by half a point a percent of training accuracy
+    assert table.loc["none"].tolist() == ["-", "9.00 (1)", "16.00 (2)", "21.00 (4)"]
+    assert table.loc["Weak"].tolist() == ["-", "9.67 (2)", "22.00 (3)", "-"]
+    # at 45%, the most that both have, the baseline is a quarter of the way from 22 to 20
+    assert tables.gain_at_equal_fit(weak, base) == (45, 11.0, 4, 4)
+    assert tables.gain_at_equal_fit(base, weak) == (45, -11.0, 4, 4)
+    assert tables.gain_at_equal_fit(weak, base, 24) == (24, 6.0, 3, 2)
+    assert tables.gain_at_equal_fit(weak, base, 50) is None
     said = tables.compared_fit("Weak", weak, "none", base)
-    assert "at epoch 4: train at 41.0 and 60.0%, test at 33.00 and 21.00%" in said
-    assert said.endswith("where both train at 41.0% (epochs 4 and 3) Weak tests 11.00 points above")
+    assert "at epoch 4 train at 45.0 and 60.0%, test at 32.50 and 20.00%" in said
+    assert said.endswith("where both train at 45.0% (epochs 4 and 4) Weak tests 11.00 points above")
     said = tables.compared_fit("none", base, "Weak", weak)
     assert said.endswith("none tests 11.00 points below")
 
 
 def test_epochs_that_were_not_tested_are_left_out_of_fits():
+    base = fitted("mlp/none", [10, 25, 40], [9, None, 24])
+    weak = fitted("mlp/weak", [8, 20, 30], [None, 20, None])
+    assert tables.fit_table({"none": base}, (20,)).loc["none", 20] == "14.00 (3)"
+    assert tables.gain_at_equal_fit(weak, base) == (20, 6.0, 2, 3)
+    said = tables.compared_fit("Weak", weak, "none", base)
+    assert said.startswith("Weak and none: where both train at 20.0%")
+    untrained = fitted("mlp/none", [50], [40])
+    said = tables.compared_fit("Weak", weak, "none", untrained)
+    assert said == "Weak and none: nothing in common was measured"
+
+
+def test_the_furthest_run_of_a_row_is_shown_alone(tmp_path):
+    several = row(tmp_path, made(epochs=400), made(seed=1, epochs=8))
+    (one,) = tables.furthest([several])
+    assert one.seeds == [0] and tables.layer_table([one], "effective_dim").index[0].endswith(
+        "n = 1"
+    )
+    assert len(tables.sources([one])) == 1 < len(tables.sources([several]))
+    assert tables.furthest([row(tmp_path, name="mlp/none")])[0].seeds == []
+
+
+def test_fits_are_drawn_in_the_colours_of_their_rows():
     base = fitted("mlp/none", [10, 25, 40], [9, None, 22])
-    weak = fitted("mlp/weak", [8, 24, 30], [None, 20, None])
-    assert tables.fit_table({"none": base}, (20,)).loc["none", 20] == "22.00 (3)"
-    assert tables.gain_at_equal_fit(weak, base) == (24, -2, 2, 3)
-    assert "not measured at a common epoch" in tables.compared_fit("Weak", weak, "none", base)
     fig = tables.plot_fit({tables.LABELS["none"]: base, "decay": fitted("mlp/none", [5], [6])})
     one, other, _ = fig.axes[0].lines
     assert list(one.get_xdata()) == [10, 40] and list(one.get_ydata()) == [9, 22]

@@ -34,8 +34,8 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
         epoch = run.measured("test_accuracy")[0][-1]
         at, clip = run.at(epoch), run.config["clip_norm"]
         norms = run.measured("grad_norm")[1]
-        share = sum(clip is not None and g > clip for g in norms) / max(len(norms), 1)
-        above = "no clip" if clip is None else f"{100 * share:.0f}"
+        clipped = sum(clip is not None and g > clip for g in norms)
+        above = "no clip" if clip is None else f"{clipped} of {len(norms)}"
         gap = _minus(at["train_accuracy"], at["test_accuracy"])
         lines.append(
             {
@@ -44,12 +44,12 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
                 "train loss (nats)": _number(at["train_loss"], ".2f"),
                 "train - test (points)": _number(gap, "+.1f"),
                 "gradient's norm": _number(at["grad_norm"], ".2f"),
-                "epochs above the clip (%)": above,
+                "epochs above the clip": above,
                 "step / gradient": _number(_rate_in_effect(run, epoch), ".3g"),
             }
         )
     columns = ["regularizer", "epoch", "train loss (nats)", "train - test (points)"]
-    columns += ["gradient's norm", "epochs above the clip (%)", "step / gradient"]
+    columns += ["gradient's norm", "epochs above the clip", "step / gradient"]
     return pd.DataFrame(lines, columns=columns).set_index("regularizer")
 
 
@@ -64,8 +64,8 @@ def clipping(rows: Iterable[Row]) -> str:
     found = optimization_table(rows)
     parts = []
     for row, (_, at) in zip(rows, found.iterrows(), strict=True):
-        share, step = at["epochs above the clip (%)"], at["step / gradient"]
-        often = f"clipped in {share}% of its {row.longest.epochs} epochs"
+        share, step = at["epochs above the clip"], at["step / gradient"]
+        often = f"clipped in {share} epochs"
         said = f"{row.published.name} is {'not clipped' if share == 'no clip' else often}"
         if step != "-":
             said += f" and is at a step of {step} gradients at epoch {at['epoch']}"
@@ -89,11 +89,11 @@ def milestones(rows: Iterable[Row], levels: Sequence[float]) -> DataFrame:
 
 
 def fit_table(runs: Mapping[str, Record], levels: Sequence[float]) -> DataFrame:
-    """Test accuracy (%) after the first epoch at which a run trains at a level (%) or above.
+    """Test accuracy (%) where a run first trains at a level (%): runs that fit alike, side by side.
 
-    Runs compared so have fitted the training set alike, however long each took: a cell is
-    "23.11 (40)" with that epoch in brackets, "-" where the run has not got there. Training accuracy
-    is measured on augmented images while the weights change.
+    A cell is "23.11 (40)": the accuracy by linear interpolation between the tested epochs below and
+    above the level, and the latter's epoch. "-": the run has not been on both sides of it.
+    Training accuracy is measured on augmented images while the weights change.
 
     Args:
         runs: by the name of their line.
@@ -103,51 +103,69 @@ def fit_table(runs: Mapping[str, Record], levels: Sequence[float]) -> DataFrame:
 
     table: dict[str, dict[float, str]] = {}
     for name, run in runs.items():
-        table[name] = dict.fromkeys(levels, "-")
-        for level in levels:
-            for epoch, trained, tested in fits(run):
-                if trained >= level:
-                    table[name][level] = f"{tested:.2f} ({epoch})"
-                    break
+        found = {level: _at_level(run, level) for level in levels}
+        table[name] = {lv: f"{at[0]:.2f} ({at[1]})" if at else "-" for lv, at in found.items()}
     return pd.DataFrame(table).T.rename_axis("test at a training accuracy of (%)")
 
 
-def gain_at_equal_fit(run: Record, base: Record) -> tuple[float, float, int, int] | None:
-    """How far a run tests above another that trains as well.
+def gain_at_equal_fit(
+    run: Record, base: Record, level: float | None = None
+) -> tuple[float, float, int, int] | None:
+    """How far a run tests above another where both train at a level, as in :func:`fit_table`.
 
-    Looked at where the run that has fitted less has its highest training accuracy, and the other
-    first has it.
+    Args:
+        run, base: the two.
+        level: training accuracy (%); default: the highest of the run that has fitted less.
 
     Returns:
-        training accuracy (%), difference (points), epochs of ``run`` and ``base``; None where an
-        epoch of either was not measured.
+        level, difference (points), epochs of ``run`` and ``base``; None where one of them was not
+        tested on both sides of the level.
     """
     pairs = [fits(run), fits(base)]
     if not all(pairs):
         return None
-    level = min(max(trained for _, trained, _ in each) for each in pairs)
-    found = [next((e, tested) for e, trained, tested in each if trained >= level) for each in pairs]
-    (epoch, own), (other, theirs) = found
-    return level, own - theirs, epoch, other
+    if level is None:
+        level = min(max(trained for _, trained, _ in each) for each in pairs)
+    own, theirs = _at_level(run, level), _at_level(base, level)
+    return (level, own[0] - theirs[0], own[1], theirs[1]) if own and theirs else None
 
 
 def compared_fit(name: str, run: Record, other_name: str, other: Record) -> str:
     """One line: how two runs train and test at their last common epoch, and at equal training.
 
-    The latter by :func:`gain_at_equal_fit`.
+    The latter by :func:`gain_at_equal_fit`; what was not measured is left out.
     """
     epochs = sorted({e for e, *_ in fits(run)} & {e for e, *_ in fits(other)})
-    found = gain_at_equal_fit(run, other)
-    if not epochs or found is None:
-        return f"{name} and {other_name}: not measured at a common epoch"
-    own, theirs = ({e: rest for e, *rest in fits(r)}[epochs[-1]] for r in (run, other))
-    level, gained, first, second = found
-    side = "above" if gained >= 0 else "below"
-    return (
-        f"{name} and {other_name} at epoch {epochs[-1]}: train at {own[0]:.1f} and "
-        f"{theirs[0]:.1f}%, test at {own[1]:.2f} and {theirs[1]:.2f}%; where both train at "
-        f"{level:.1f}% (epochs {first} and {second}) {name} tests {abs(gained):.2f} points {side}"
-    )
+    parts = []
+    if epochs:
+        own, theirs = ({e: rest for e, *rest in fits(r)}[epochs[-1]] for r in (run, other))
+        parts.append(
+            f"at epoch {epochs[-1]} train at {own[0]:.1f} and {theirs[0]:.1f}%, test at "
+            f"{own[1]:.2f} and {theirs[1]:.2f}%"
+        )
+    if found := gain_at_equal_fit(run, other):
+        level, gained, first, second = found
+        side = "above" if gained >= 0 else "below"
+        parts.append(
+            f"where both train at {level:.1f}% (epochs {first} and {second}) {name} tests "
+            f"{abs(gained):.2f} points {side}"
+        )
+    return f"{name} and {other_name}: {'; '.join(parts) or 'nothing in common was measured'}"
+
+
+def _at_level(run: Record, level: float) -> tuple[float, int] | None:
+    """Test accuracy where the training accuracy first comes to a level, and the epoch after it."""
+    before = None
+    for epoch, trained, tested in fits(run):
+        if trained == level:
+            return tested, epoch
+        if trained > level:
+            if before is None:
+                return None
+            share = (level - before[0]) / (trained - before[0])
+            return before[1] + share * (tested - before[1]), epoch
+        before = trained, tested
+    return None
 
 
 def fits(run: Record) -> list[tuple[int, float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +229,11 @@ def caption(rows: Iterable[Row]) -> str:
         upto = f" to epoch {', '.join(map(str, ends))}" if ends else ""
         parts.append(f"{row.label} n = {len(row.seeds)}{upto}")
     return "; ".join(parts)
+
+
+def furthest(rows: Iterable[Row]) -> list[Row]:
+    """The rows with the run alone that got furthest, for what is shown of one run (n = 1)."""
+    return [replace(row, records={run.seed: run} if (run := row.longest) else {}) for row in rows]
 
 
 def sources(rows: Iterable[Row]) -> list[Path]:

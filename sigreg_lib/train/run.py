@@ -54,7 +54,7 @@ def train(
     on after its last whole epoch and ends with the same weights (on the CPU without compilation:
     to the bit). A run whose record already has the epochs asked for, or that diverged, is not
     repeated. One that has to begin again, its checkpoint lost, leaves the record it has until it
-    has passed it.
+    has as many epochs, or diverges.
 
     Args:
         recipe: all settings, ``recipe.epochs`` the length of the schedule.
@@ -107,7 +107,7 @@ def train(
         trainer.load_state(saved)
         say(f"{record.name}: resuming after epoch {record.epochs}")
     elif found is not None:
-        say(f"{record.name}: no checkpoint, beginning again; {path} is kept until it is passed")
+        say(f"{record.name}: no checkpoint, beginning again; {path} stays until then")
     floor = trainer.floor()
     note_session(record, provenance(trainer, compile, graph))
     while record.epochs < stop and record.status == "partial":
