@@ -22,20 +22,14 @@ def test_the_table_of_runs_is_found():
 def test_a_row_of_the_table_is_what_the_records_and_the_paper_say(row):
     name, epoch, theirs, ours, n = row
     curve, at = published(name).curve, int(epoch)
-    found = [
-        r.at(at)["test_accuracy"]
-        for _, r in records.select(ROOT / "figures/records", recipe=name)
-        if r.dataset == "cifar100" and not r.overrides and r.epochs >= at
-    ]
+    group = records.select(ROOT / "figures/records/cifar100", recipe=name)
+    runs = [r for _, r in group if not r.overrides]
+    assert all(r.dataset == "cifar100" for r in runs)
+    found = [r.at(at)["test_accuracy"] for r in runs if r.epochs >= at]
     assert len(found) == int(n)
     assert f"{sum(found) / len(found):.2f}" == ours
     assert float(theirs) == curve[at]
-    assert not any(
-        r.epochs >= later
-        for _, r in records.select(ROOT / "figures/records/cifar100", recipe=name)
-        for later in curve
-        if later > at and not r.overrides
-    )
+    assert not any(r.epochs >= later for r in runs for later in curve if later > at)
 
 
 def test_every_file_that_the_readme_links_is_there():

@@ -50,7 +50,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         elif not row.judged:
             _missing(ax)
         others = ", ".join(LABELS[other.method] for other in passes_as(row))
-        ax.set_title(f"{row.label}:\n{verdict(row)}\n{f'would pass as {others}' if others else ''}")
+        alike = f"would pass as {others}" if others else ""
+        ax.set_title(f"{row.label}:\n{verdict(row)}\n{alike}")
         ax.set(xscale="log", xlabel="epoch")
         _epoch_ticks(ax, 400 if row.judged else max(row.shared, default=10))
         if ax.get_legend_handles_labels()[0]:
@@ -173,7 +174,8 @@ def plot_fit(runs: Mapping[str, Record]) -> Figure:
     colours = itertools.cycle(_VARIANTS)
     highest = 1.0
     for name, run in runs.items():
-        trained, tested = [each[1] for each in fits(run)], [each[2] for each in fits(run)]
+        points = fits(run)
+        trained, tested = [t for _, t, _ in points], [a for _, _, a in points]
         look = report.method_style(run.config["regularizer"]) | {"marker": ""}
         if name not in LABELS.values():
             look |= {"color": next(colours), "linestyle": "-."}

@@ -107,7 +107,7 @@ def train(
         trainer.load_state(saved)
         say(f"{record.name}: resuming after epoch {record.epochs}")
     elif found is not None:
-        say(f"{record.name}: no checkpoint, beginning again; {path} stays until then")
+        say(f"{record.name}: no checkpoint, beginning again; it replaces {path} once it is as long")
     floor = trainer.floor()
     note_session(record, provenance(trainer, compile, graph))
     while record.epochs < stop and record.status == "partial":
