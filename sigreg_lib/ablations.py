@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 OUTCOMES = (
-    *("accuracy", "best", "effective_dim", "regularizer", "floor", "probe", "weight"),
-    *("epoch", "status"),
+    *("accuracy", "train_accuracy", "best", "effective_dim", "regularizer", "floor", "probe"),
+    *("weight", "epoch", "status"),
 )
 
 
@@ -105,10 +105,11 @@ def rows(runs: Sequence[Run], found: Mapping[str, Record], epochs: int | None = 
 def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     """What became of a run, after ``epochs`` (default: all of its schedule).
 
-    ``accuracy`` (test, that epoch) and ``best`` (the optimistic figure) in percent,
-    ``effective_dim`` of the last layer, ``regularizer`` and its ``floor``, averages over layers,
-    and ``probe``: Weak of the same sketch (K = 64) for every run, average over layers, so that runs
-    of different K compare. ``weight``: lam, the setting or what "auto" found, once it is found.
+    ``accuracy`` (test, that epoch), ``train_accuracy`` (on training images while the weights
+    changed) and ``best`` (the optimistic figure) in percent, ``effective_dim`` of the last layer,
+    ``regularizer`` and its ``floor``, averages over layers, and ``probe``: Weak of the same sketch
+    (K = 64) for every run, average over layers, so that runs of different K compare. ``weight``:
+    lam, the setting or what "auto" found, once it is found.
     ``status``: ``done``, ``diverged``, ``partial`` (not come so far), ``untested`` after that
     epoch, or ``missing``; only ``done`` has the other figures.
     """
@@ -129,6 +130,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     probe = looked.get(stop)
     return nothing | {
         "accuracy": at["test_accuracy"],
+        "train_accuracy": _number(at["train_accuracy"]),
         "best": max(accuracies),
         "effective_dim": at["effective_dim"],
         "regularizer": _number(at["regularizer"]),

@@ -56,6 +56,7 @@ def test_the_table_has_a_row_a_run_its_settings_and_no_guess():
     assert list(frame["status"]) == ["done", "done", "missing", "done"]
     assert cell_values(frame, "accuracy", sketch_dim=4) == [20.0, 30.0]
     assert cell_values(frame, "best", sketch_dim=4) == [20.0, 40.0]
+    assert cell_values(frame, "train_accuracy", sketch_dim=4) == [0.5, 0.5]
     assert math.isnan(frame["accuracy"][2])
     assert list(frame["probe"][[0, 1, 3]]) == [3.5] * 3
     assert list(frame["weight"][[0, 1, 3]]) == [0.1] * 3
