@@ -160,6 +160,24 @@ def paired(
     return [float(sides[0][seed] - sides[1][seed]) for seed in sides[0] if seed in sides[1]]
 
 
+def seed_table(frame: DataFrame, index: str, value: str = "accuracy", digits: int = 2) -> DataFrame:
+    """A line a value of the column ``index``, a column a seed: the outcome as text, or why there is
+    none (``missing``, or the status with the epoch that the run came to).
+
+    Raises:
+        ValueError: two runs in one place.
+    """
+    texts = [
+        f"{number:.{digits}f}"
+        if status == "done"
+        else status + (f" (epoch {epoch})" if epoch else "")
+        for number, status, epoch in zip(frame[value], frame["status"], frame["epoch"], strict=True)
+    ]
+    named = frame.assign(text=texts, seed=[f"seed {seed}" for seed in frame["seed"]])
+    table = named.pivot(index=index, columns="seed", values="text")
+    return table.reindex(index=frame[index].unique(), columns=named["seed"].unique()).fillna("")
+
+
 def heat_map(
     ax: Axes,
     frame: DataFrame,

@@ -5,7 +5,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from sigreg_lib import ablations
-from sigreg_lib.ablations import cell_values, grid, heat_map, outcome, paired, rows, study
+from sigreg_lib.ablations import (
+    cell_values,
+    grid,
+    heat_map,
+    outcome,
+    paired,
+    rows,
+    seed_table,
+    study,
+)
 from sigreg_lib.records import HISTORY, Record
 from sigreg_lib.train import Run
 
@@ -92,6 +101,20 @@ def test_differences_are_of_runs_of_the_same_seed():
     assert paired(frame, "accuracy", {"sketch_dim": 8}, {"sketch_dim": 4}) == [20.0]
     with pytest.raises(ValueError, match="more than one setting"):
         paired(frame, "accuracy", {}, {"sketch_dim": 4})
+
+
+def test_a_table_by_seed_gives_the_number_or_why_there_is_none():
+    stopped = finished(RUNS[2], [70.0], status="partial", planned=2)
+    done = finished(RUNS[0], [10.0, 20.0])
+    frame = rows(RUNS, {RUNS[0].name: done, RUNS[2].name: stopped})
+    table = seed_table(frame.iloc[[2, 3, 0]], "sketch_dim")  # its lines in the frame's order
+    assert table.to_dict("index") == {
+        8: {"seed 0": "partial (epoch 1)", "seed 1": "missing"},
+        4: {"seed 0": "20.00", "seed 1": ""},
+    }
+    assert seed_table(frame, "sketch_dim", "probe", digits=1).loc[4, "seed 0"] == "3.5"
+    with pytest.raises(ValueError, match="duplicate"):
+        seed_table(frame, "batch_size")
 
 
 def test_a_record_of_other_settings_is_refused():
