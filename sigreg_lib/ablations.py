@@ -44,6 +44,7 @@ def study(
     records: str | Path,
     smoke: Iterable[Run] = (),
     epochs: int | None = None,
+    dear: bool = False,
     **options: Any,
 ) -> DataFrame:
     """One row a run: read from the records, or trained first where the budget asks for it.
@@ -56,6 +57,7 @@ def study(
         records: folder of records.
         epochs: how far a run is to go, all of its schedule by default; a run that has not come
             there counts as missing.
+        dear: runs for a GPU, which ``full`` alone trains; any other budget reads their records.
         options: for :func:`~sigreg_lib.train.sweep` (data, device, workers, checkpoints, ...).
 
     Returns:
@@ -67,6 +69,8 @@ def study(
     """
     if budget not in report.BUDGETS:
         raise ValueError(f"budget={budget!r}: expected one of {', '.join(report.BUDGETS)}")
+    if dear and budget != "full":
+        budget = "recorded"
     runs = list(runs)
     if budget == "smoke":
         runs = list(smoke)

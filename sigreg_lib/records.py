@@ -82,24 +82,19 @@ class Record:
         """
         return self.at(self.epochs) if self.epochs else None
 
-    def measured(self, name: str) -> tuple[list[int], list]:
-        """Epochs, counted from 1, at which a column of the history has a value, and the values."""
-        pairs = zip(*self._columns("epoch", name), strict=True)
-        found = [(epoch, value) for epoch, value in pairs if value is not None]
-        return [epoch for epoch, _ in found], [value for _, value in found]
+    def measured(self, name: str) -> dict[int, float]:
+        """A column of the history by epoch, counted from 1, where it has a value."""
+        pairs = zip(self.history["epoch"], self.history[name], strict=True)
+        return {epoch: value for epoch, value in pairs if value is not None}
 
     @property
     def best_test(self) -> dict[str, Any] | None:
         """Epoch and value of the highest test accuracy: as published, an optimistic figure."""
-        epochs, accuracies = self.measured("test_accuracy")
-        if not epochs:
+        accuracies = self.measured("test_accuracy")
+        if not accuracies:
             return None
-        pairs = zip(accuracies, epochs, strict=True)
-        accuracy, epoch = max(pairs, key=lambda pair: (pair[0], -pair[1]))
-        return {"epoch": epoch, "test_accuracy": accuracy}
-
-    def _columns(self, *names: str) -> list[list]:
-        return [self.history[name] for name in names]
+        epoch = max(accuracies, key=lambda e: (accuracies[e], -e))
+        return {"epoch": epoch, "test_accuracy": accuracies[epoch]}
 
     def at(self, epoch: int) -> dict[str, Any]:
         """The history entry of an epoch, counted from 1.

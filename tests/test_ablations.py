@@ -149,8 +149,19 @@ def test_a_study_trains_what_is_missing_and_reads_the_rest(tmp_path):
     before = path.read_bytes()
     assert list(study(runs, "ks", "cpu", **places)["status"]) == ["done", "done"]
     assert path.read_bytes() == before
-    with pytest.raises(ValueError, match="budget='none'"):
-        study(runs, "ks", "none", **options)
+    for budget in ("none", "Full"):
+        with pytest.raises(ValueError, match=f"budget='{budget}'"):
+            study(runs, "ks", budget, dear=True, **options)
+
+
+def test_dear_runs_are_trained_with_the_full_budget_alone(tmp_path):
+    runs = grid("digits/weak", [0], width=[16], depth=[2], epochs=[1])
+    places = {"records": tmp_path / "r", "checkpoints": tmp_path / "c", "data": "digits"}
+    (tmp_path / "r").mkdir()
+    for budget, status in (("recorded", "missing"), ("smoke", "missing"), ("cpu", "missing"),
+                           ("full", "done")):  # fmt: skip
+        found = study(runs, "ks", budget, smoke=runs, dear=True, **places)
+        assert list(found["status"]) == [status], budget
 
 
 def test_every_outcome_is_there_for_every_run():

@@ -45,12 +45,12 @@ def test_an_accuracy_of_zero_is_an_accuracy():
 def test_epochs_without_evaluation_are_skipped_by_what_was_measured():
     record = made(epochs=3)
     record.history["test_accuracy"] = [None, 30.0, None]
-    assert record.measured("test_accuracy") == ([2], [30.0])
-    assert record.measured("train_loss") == ([1, 2, 3], [1.0, 2.0, 3.0])
+    assert record.measured("test_accuracy") == {2: 30.0}
+    assert record.measured("train_loss") == {1: 1.0, 2: 2.0, 3: 3.0}
     assert record.best_test == {"epoch": 2, "test_accuracy": 30.0}
     assert record.last["test_accuracy"] is None
     record.history["test_accuracy"] = [None] * 3
-    assert record.measured("test_accuracy") == ([], []) and record.best_test is None
+    assert record.measured("test_accuracy") == {} and record.best_test is None
     assert Record.from_json(record.to_json()) == record
 
 

@@ -38,10 +38,10 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
             ax.plot(list(points), list(points.values()), **look, label="published, one run")
             highest = max(highest, *points.values())
         for seed in row.seeds:
-            epochs, values = row.records[seed].measured("test_accuracy")
+            tested = row.records[seed].measured("test_accuracy")
             style = report.method_style(method) | {"marker": "", "linewidth": 0.6, "alpha": 0.7}
-            ax.plot(epochs, values, **style)
-            highest = max(highest, *values)
+            ax.plot(list(tested), list(tested.values()), **style)
+            highest = max(highest, *tested.values())
         if row.shared:
             groups = [row.accuracies(epoch) for epoch in row.shared]
             few = "o" if len(groups) < 4 else ""
@@ -146,10 +146,10 @@ def plot_gradients(rows: Sequence[Row], clip: float) -> Figure:
     fig, ax = plt.subplots(figsize=(report.COLUMN, 2.5))
     ends, highest = [10], 2 * clip
     for row in [row for row in rows if row.longest]:
-        epochs, norms = row.longest.measured("grad_norm")
+        norms = row.longest.measured("grad_norm")
         look = report.method_style(row.published.method) | {"marker": ""}
-        ax.plot(epochs, norms, **look, label=row.label)
-        ends, highest = [*ends, *epochs[-1:]], max(highest, *norms)
+        ax.plot(list(norms), list(norms.values()), **look, label=row.label)
+        ends, highest = [*ends, *list(norms)[-1:]], max(highest, *norms.values())
     ax.axhline(clip, color="0.4", linewidth=0.8)
     ax.text(0.99, clip, "clip", transform=ax.get_yaxis_transform(), ha="right", va="top")
     ax.set(xlabel="epoch", ylabel="gradient's norm before clipping", xscale="log")

@@ -31,9 +31,9 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
     for row in rows:
         if (run := row.longest) is None:
             continue
-        epoch = run.measured("test_accuracy")[0][-1]
+        epoch = max(run.measured("test_accuracy"))
         at, clip = run.at(epoch), run.config["clip_norm"]
-        norms = run.measured("grad_norm")[1]
+        norms = list(run.measured("grad_norm").values())
         clipped = sum(clip is not None and g > clip for g in norms)
         above = "no clip" if clip is None else f"{clipped} of {len(norms)}"
         gap = _minus(at["train_accuracy"], at["test_accuracy"])
@@ -82,8 +82,8 @@ def milestones(rows: Iterable[Row], levels: Sequence[float]) -> DataFrame:
 
     table = {}
     for row in rows:
-        pairs = list(zip(*row.longest.measured("test_accuracy"), strict=True)) if row.seeds else []
-        first = {lv: next((str(e) for e, a in pairs if a >= lv), "-") for lv in levels}
+        tested = row.longest.measured("test_accuracy") if row.seeds else {}
+        first = {lv: next((str(e) for e, a in tested.items() if a >= lv), "-") for lv in levels}
         table[row.label] = first if row.seeds else dict.fromkeys(levels, "missing")
     return pd.DataFrame(table).T.rename_axis("first epoch at (%)")
 
@@ -170,9 +170,9 @@ def _at_level(run: Record, level: float) -> tuple[float, int] | None:
 
 def fits(run: Record) -> list[tuple[int, float, float]]:
     """Epoch, training and test accuracy (%) of every tested epoch."""
-    epochs, tested = run.measured("test_accuracy")
-    trained = dict(zip(*run.measured("train_accuracy"), strict=True))
-    return [(e, trained[e], a) for e, a in zip(epochs, tested, strict=True) if e in trained]
+    trained = run.measured("train_accuracy")
+    tested = run.measured("test_accuracy").items()
+    return [(epoch, trained[epoch], a) for epoch, a in tested if epoch in trained]
 
 
 def jitter(record: Record, window: int = 30) -> float | None:
@@ -183,7 +183,7 @@ def jitter(record: Record, window: int = 30) -> float | None:
     over the last ``window`` tested epochs: second differences cancel a linear trend, and for
     independent noise have 6 times its variance. None for fewer than 12 epochs.
     """
-    values = record.measured("test_accuracy")[1][-window:]
+    values = list(record.measured("test_accuracy").values())[-window:]
     if len(values) < 12:
         return None
     seconds = [c - 2 * b + a for a, b, c in zip(values, values[1:], values[2:], strict=False)]

@@ -70,8 +70,7 @@ class Row:
         return [a for seed in self.seeds if (a := self._tested(seed).get(epoch)) is not None]
 
     def _tested(self, seed: int) -> dict[int, float]:
-        epochs, values = self.records[seed].measured("test_accuracy")
-        return dict(zip(epochs, values, strict=True))
+        return self.records[seed].measured("test_accuracy")
 
     @property
     def shared(self) -> list[int]:
@@ -141,7 +140,7 @@ def collect(
             if record.recipe == name
             and record.overrides == wanted
             and record.seed in seeds
-            and record.measured("test_accuracy")[0]
+            and record.measured("test_accuracy")
         }
         datasets = {record.dataset for _, record in runs.values()}
         rows.append(

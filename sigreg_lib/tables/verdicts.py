@@ -181,7 +181,7 @@ def results_table(rows: Iterable[Row]) -> DataFrame:
         }
         runs = [row.records[s] for s in row.seeds]
         bests = [(r.best_test["epoch"], r.best_test["test_accuracy"]) for r in runs]
-        lasts = [tuple(column[-1] for column in r.measured("test_accuracy")) for r in runs]
+        lasts = [list(r.measured("test_accuracy").items())[-1] for r in runs]
         alike = len({epoch for epoch, _ in lasts}) == 1
         ours = {
             "our best (epoch)": _with_epochs(bests, alike),
