@@ -44,7 +44,7 @@ def study(
     records: str | Path,
     smoke: Iterable[Run] = (),
     epochs: int | None = None,
-    dear: bool = False,
+    costly: bool = False,
     **options: Any,
 ) -> DataFrame:
     """One row a run: read from the records, or trained first where the budget asks for it.
@@ -57,7 +57,7 @@ def study(
         records: folder of records.
         epochs: how far a run is to go, all of its schedule by default; a run that has not come
             there counts as missing.
-        dear: runs for a GPU, which ``full`` alone trains; any other budget reads their records.
+        costly: only ``full`` trains these runs; any other budget reads their records.
         options: for :func:`~sigreg_lib.train.sweep` (data, device, workers, checkpoints, ...).
 
     Returns:
@@ -69,7 +69,7 @@ def study(
     """
     if budget not in report.BUDGETS:
         raise ValueError(f"budget={budget!r}: expected one of {', '.join(report.BUDGETS)}")
-    if dear and budget != "full":
+    if costly and budget != "full":
         budget = "recorded"
     runs = list(runs)
     if budget == "smoke":
@@ -166,18 +166,19 @@ def paired(
 
 def seed_table(frame: DataFrame, index: str, value: str = "accuracy", digits: int = 2) -> DataFrame:
     """A line a value of the column ``index``, a column a seed: the outcome as text, or why there is
-    none (``missing``, or the status with the epoch that the run came to).
+    none (``not measured``, ``missing``, or the status with the epoch that the run came to).
 
     Raises:
         ValueError: two runs in one place.
     """
-    texts = [
-        f"{number:.{digits}f}"
-        if status == "done"
-        else status + (f" (epoch {epoch})" if epoch else "")
-        for number, status, epoch in zip(frame[value], frame["status"], frame["epoch"], strict=True)
-    ]
-    named = frame.assign(text=texts, seed=[f"seed {seed}" for seed in frame["seed"]])
+
+    def text(number: float, status: str, epoch: int) -> str:
+        if status == "done":
+            return "not measured" if math.isnan(number) else f"{number:.{digits}f}"
+        return status + (f" (epoch {epoch})" if epoch else "")
+
+    texts = map(text, frame[value], frame["status"], frame["epoch"])
+    named = frame.assign(text=list(texts), seed=[f"seed {seed}" for seed in frame["seed"]])
     table = named.pivot(index=index, columns="seed", values="text")
     return table.reindex(index=frame[index].unique(), columns=named["seed"].unique()).fillna("")
 

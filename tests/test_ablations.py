@@ -113,6 +113,9 @@ def test_a_table_by_seed_gives_the_number_or_why_there_is_none():
         4: {"seed 0": "20.00", "seed 1": ""},
     }
     assert seed_table(frame, "sketch_dim", "probe", digits=1).loc[4, "seed 0"] == "3.5"
+    done.layers = {"names": ["a", "b"], "epoch": [1], "weak": [[5.0, 6.0]]}  # no look at the end
+    unseen = rows(RUNS[:1], {RUNS[0].name: done})
+    assert seed_table(unseen, "sketch_dim", "probe").loc[4, "seed 0"] == "not measured"
     with pytest.raises(ValueError, match="duplicate"):
         seed_table(frame, "batch_size")
 
@@ -151,16 +154,16 @@ def test_a_study_trains_what_is_missing_and_reads_the_rest(tmp_path):
     assert path.read_bytes() == before
     for budget in ("none", "Full"):
         with pytest.raises(ValueError, match=f"budget='{budget}'"):
-            study(runs, "ks", budget, dear=True, **options)
+            study(runs, "ks", budget, costly=True, **options)
 
 
-def test_dear_runs_are_trained_with_the_full_budget_alone(tmp_path):
+def test_costly_runs_are_trained_with_the_full_budget_alone(tmp_path):
     runs = grid("digits/weak", [0], width=[16], depth=[2], epochs=[1])
     places = {"records": tmp_path / "r", "checkpoints": tmp_path / "c", "data": "digits"}
     (tmp_path / "r").mkdir()
     for budget, status in (("recorded", "missing"), ("smoke", "missing"), ("cpu", "missing"),
                            ("full", "done")):  # fmt: skip
-        found = study(runs, "ks", budget, smoke=runs, dear=True, **places)
+        found = study(runs, "ks", budget, smoke=runs, costly=True, **places)
         assert list(found["status"]) == [status], budget
 
 

@@ -543,7 +543,7 @@ def test_clipping_is_counted_by_epochs_and_shrinks_the_step(tmp_path):
     assert found["step / gradient"] == "0.025"  # 0.1 clipped from 4 to 1
     assert found["train - test (points)"] == "+9.7"
     said = tables.clipping([descending(tmp_path)])
-    assert "mlp/none is clipped in 30 of 40 epochs and is at a step of 0.025 gradients" in said
+    assert "clipped in 30 of 40 epochs, a step at epoch 40 being 0.025 times the gradient" in said
     assert tables.optimization_table([row(tmp_path, name="mlp/weak")]).empty
     unclipped = made("vit/none", epochs=3)
     unclipped.history["grad_norm"] = [2.0] * 3
@@ -584,6 +584,10 @@ def test_jitter_is_blind_to_a_trend_and_right_for_independent_noise(tmp_path):
     assert tables.jitter(record, window=300) == pytest.approx(0.5, rel=0.12)
     record.history["test_accuracy"] = [30 + 0.1 * e for e in range(300)]
     assert tables.jitter(record) == pytest.approx(0, abs=1e-9)
+    record.history["test_accuracy"][:30] = [10.0, 20.0] * 15  # second differences of 20
+    assert tables.jitter(record, end=30) == pytest.approx(20 / math.sqrt(6))
+    assert tables.jitter(record) == pytest.approx(0, abs=1e-9)
+    assert tables.jitter(record, end=11) is None
     assert tables.jitter(made("mlp/weak", epochs=9)) is None
 
 

@@ -68,7 +68,7 @@ def clipping(rows: Iterable[Row]) -> str:
         often = f"clipped in {share} epochs"
         said = f"{row.published.name} is {'not clipped' if share == 'no clip' else often}"
         if step != "-":
-            said += f" and is at a step of {step} gradients at epoch {at['epoch']}"
+            said += f", a step at epoch {at['epoch']} being {step} times the gradient"
         parts.append(said)
     return "By the mean norm of an epoch, " + "; ".join(parts) + "."
 
@@ -175,15 +175,17 @@ def fits(run: Record) -> list[tuple[int, float, float]]:
     return [(epoch, trained[epoch], a) for epoch, a in tested if epoch in trained]
 
 
-def jitter(record: Record, window: int = 30) -> float | None:
+def jitter(record: Record, window: int = 30, end: int | None = None) -> float | None:
     r"""Standard deviation of the test accuracy from epoch to epoch, in points.
 
     .. math:: s^2 = \tfrac16 \, \overline{(a_{i+1} - 2 a_i + a_{i-1})^2}
 
-    over the last ``window`` tested epochs: second differences cancel a linear trend, and for
-    independent noise have 6 times its variance. None for fewer than 12 epochs.
+    over the last ``window`` tested epochs up to ``end`` (default: the last there is): second
+    differences cancel a linear trend, and for independent noise have 6 times its variance. None for
+    fewer than 12 epochs.
     """
-    values = list(record.measured("test_accuracy").values())[-window:]
+    tested = record.measured("test_accuracy").items()
+    values = [accuracy for epoch, accuracy in tested if end is None or epoch <= end][-window:]
     if len(values) < 12:
         return None
     seconds = [c - 2 * b + a for a, b, c in zip(values, values[1:], values[2:], strict=False)]
