@@ -112,7 +112,8 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     ``accuracy`` (test, that epoch), ``train_accuracy`` (on training images while the weights
     changed) and ``best`` (the optimistic figure) in percent, ``effective_dim`` of the last layer,
     ``regularizer`` and its ``floor``, averages over layers, and ``probe``: Weak of the same sketch
-    (K = 64) for every run, average over layers, so that runs of different K compare. ``weight``:
+    (K = 64) for every run, average over layers (NaN if a layer's was not finite), so that runs of
+    different K compare. ``weight``:
     lam, the setting or what "auto" found, once it is found.
     ``status``: ``done``, ``diverged``, ``partial`` (not come so far), ``untested`` after that
     epoch, or ``missing``; only ``done`` has the other figures.
@@ -139,7 +140,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
         "effective_dim": at["effective_dim"],
         "regularizer": _number(at["regularizer"]),
         "floor": _number(at["regularizer_floor"]),
-        "probe": sum(probe) / len(probe) if probe else math.nan,
+        "probe": sum(probe) / len(probe) if probe and None not in probe else math.nan,
         "epoch": stop,
         "status": "done",
     }

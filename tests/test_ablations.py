@@ -88,6 +88,13 @@ def test_only_a_run_that_came_to_its_end_has_figures(record, epochs, status):
     assert math.isnan(found["accuracy"]) == (status != "done")
 
 
+def test_a_layer_without_a_finite_probe_leaves_the_run_without_one():
+    record = finished(RUNS[0], [10.0, 20.0])
+    record.layers["weak"][1] = [3.0, None]  # overflow: a record holds no infinity
+    found = outcome(record)
+    assert found["status"] == "done" and math.isnan(found["probe"]) and found["accuracy"] == 20.0
+
+
 def test_cells_are_found_by_none_and_by_lists_too():
     runs = grid("digits/weak", [0], clip_norm=[None, 1.0], sketch_dim=[[4, 8], 16], epochs=[1])
     frame = rows(runs, {run.name: finished(run, [10.0 + i]) for i, run in enumerate(runs)})
