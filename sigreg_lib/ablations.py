@@ -113,8 +113,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     changed) and ``best`` (the optimistic figure) in percent, ``effective_dim`` of the last layer,
     ``regularizer`` and its ``floor``, averages over layers, and ``probe``: Weak of the same sketch
     (K = 64) for every run, average over layers (NaN if a layer's was not finite), so that runs of
-    different K compare. ``weight``:
-    lam, the setting or what "auto" found, once it is found.
+    different K compare. ``weight``: lam, the setting or what "auto" found, once it is found.
     ``status``: ``done``, ``diverged``, ``partial`` (not come so far), ``untested`` after that
     epoch, or ``missing``; only ``done`` has the other figures.
     """
@@ -130,7 +129,7 @@ def outcome(record: Record | None, epochs: int | None = None) -> dict[str, Any]:
     at = record.at(stop)
     if at["test_accuracy"] is None:
         return nothing | {"status": "untested", "epoch": stop}
-    accuracies = [a for a in record.history["test_accuracy"][:stop] if a is not None]
+    accuracies = [a for e, a in record.measured("test_accuracy").items() if e <= stop]
     looked = dict(zip(record.layers["epoch"], record.layers.get("weak", ()), strict=False))
     probe = looked.get(stop)
     return nothing | {

@@ -67,15 +67,13 @@ class Row:
 
     def accuracies(self, epoch: int) -> list[float]:
         """Test accuracies (%) after an epoch, of the runs that were tested then."""
-        return [a for seed in self.seeds if (a := self._tested(seed).get(epoch)) is not None]
-
-    def _tested(self, seed: int) -> dict[int, float]:
-        return self.records[seed].measured("test_accuracy")
+        tested = [self.records[seed].measured("test_accuracy") for seed in self.seeds]
+        return [accuracies[epoch] for accuracies in tested if epoch in accuracies]
 
     @property
     def shared(self) -> list[int]:
         """Epochs after which every run of the row was tested."""
-        tested = [set(self._tested(seed)) for seed in self.seeds]
+        tested = [set(self.records[seed].measured("test_accuracy")) for seed in self.seeds]
         return sorted(set.intersection(*tested)) if tested else []
 
     @property
