@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from sigreg_lib._names import nearest
 
 POOLS = ("mean", "class_token", "patches", "tokens")
+_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)  # kinds of layers whose channels lie there
+_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 def attach(
@@ -21,6 +24,7 @@ def attach(
     *,
     on: str = "output",
     pool: str | Callable[[Tensor], Tensor] = "mean",
+    channels: str = "auto",
     weights: Sequence[float] | None = None,
     columns: Sequence[int] | None = None,
 ) -> Handle:
@@ -33,11 +37,16 @@ def attach(
             levels: ``"**.attn"`` at any depth), modules of the model, or a list of both.
         regularizer: :class:`~sigreg_lib.losses.WeakSIGReg`, :class:`~sigreg_lib.losses.SIGReg` or
             any callable from (N, C) to a scalar; None records features only.
-        on: ``"output"`` of the layer or its first ``"input"``.
-        pool: how a layer's (N, ..., C) becomes (N, C): ``"mean"`` over everything between (tokens;
-            for (N, C, H, W) over the two spatial dimensions), ``"class_token"`` the first token,
-            ``"patches"`` the mean over all tokens but that one, ``"tokens"`` all of them as
-            samples, (N * tokens, C); or a callable.
+        on: ``"output"`` of the layer or its first positional ``"input"``; of a tuple the first.
+        pool: how a layer's value becomes (N, C): ``"mean"`` over all positions (tokens, pixels),
+            ``"tokens"`` all of them as samples, (N * positions, C); of tokens (N, tokens, C) also
+            ``"class_token"``, the first, and ``"patches"``, the mean over all others; or a callable
+            that makes (N, C) of whatever the layer gives (a dict, say).
+        channels: where they are in values of more than two dimensions, ``"last"`` (N, ..., C) or
+            ``"first"`` (N, C, ...). ``"auto"`` (default): where the layer's kind has them (last:
+            Linear, LayerNorm, Embedding; first: convolutions, BatchNorm, GroupNorm), where all such
+            layers inside it have them, else last in (N, tokens, C) and first in (N, C, H, W). A
+            four-dimensional value of a layer that holds both kinds has to be told.
         weights: weight of each layer in the average; default equal.
         columns: K of each layer, if they differ: a layer takes the first so many columns of the
             regularizer's random matrix, whose own K must be the largest of them and, for Weak, lie
@@ -46,9 +55,13 @@ def attach(
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.
 
+    A model with taps cannot be pickled whole: save its ``state_dict``, or remove them first.
+
     Raises:
-        ValueError: a pattern or module that matches nothing, an unknown option, or a wrong
-            number of weights or columns.
+        TypeError: a regularizer that cannot be called, or a class instead of an instance.
+        ValueError: a pattern or module that matches nothing, an unknown option, wrong weights or
+            columns, or a layer whose values have the batch second (``batch_first=False``) without a
+            callable as pool.
 
     Example::
 
@@ -60,20 +73,21 @@ def attach(
         raise ValueError(f"on must be 'output' or 'input', not {on!r}")
     if not callable(pool) and pool not in POOLS:
         raise ValueError(f"unknown pool {pool!r}; did you mean {nearest(pool, POOLS)!r}?")
+    if channels not in ("auto", "first", "last"):
+        raise ValueError(f"channels must be 'auto', 'first' or 'last', not {channels!r}")
+    if regularizer is not None and (isinstance(regularizer, type) or not callable(regularizer)):
+        raise TypeError(
+            f"regularizer must be a module or function, WeakSIGReg() say, not {regularizer!r}"
+        )
     taps = _find(model, layers)
-    if weights is not None and (len(weights) != len(taps) or min(weights) < 0 or not sum(weights)):
-        raise ValueError(
-            f"weights must be {len(taps)} numbers >= 0 with a positive sum, one for each of "
-            f"{', '.join(taps)}; got {list(weights)}"
-        )
-    if columns is not None and (len(columns) != len(taps) or min(columns) < 1):
-        raise ValueError(
-            f"columns must be {len(taps)} integers >= 1, one for each of {', '.join(taps)}; got "
-            f"{list(columns)}"
-        )
-    if columns is not None and not hasattr(regularizer, "values"):
-        raise ValueError("columns are of a regularizer with a random matrix, such as WeakSIGReg")
-    return Handle(model, taps, regularizer, on, pool, weights, columns)
+    if not callable(pool):
+        for name in taps:
+            _refuse_batch_second(model, name)
+    if weights is not None:
+        _check_weights(list(weights), taps)
+    if columns is not None:
+        _check_columns(list(columns), taps, regularizer)
+    return Handle(model, taps, regularizer, on, pool, channels, weights, columns)
 
 
 class Handle:
@@ -81,11 +95,13 @@ class Handle:
 
     Off while the model is in eval mode, unless :attr:`always` is set (for diagnostics); off while
     it trains if :attr:`in_training` is taken back. A layer that runs several times in one forward
-    pass counts with its last run.
+    pass counts with its last run. What a forward pass in training mode recorded stays until the
+    next one, or until :meth:`clear`.
     """
 
-    def __init__(self, model, taps, regularizer, on, pool, weights, columns) -> None:
+    def __init__(self, model, taps, regularizer, on, pool, channels, weights, columns) -> None:
         self.model, self.regularizer, self.on, self.pool = model, regularizer, on, pool
+        self.channels = channels
         self.names: tuple[str, ...] = tuple(taps)
         self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.columns = (None,) * len(self.names) if columns is None else tuple(columns)
@@ -108,12 +124,28 @@ class Handle:
             if module is not tapped:  # a copy of the model (of averaged weights, say) has its hooks
                 return
             if (self.model.training and self.in_training) or self.always:
+                if on == "input" and not inputs:
+                    raise RuntimeError(f"layer {name!r} is called by keywords: no input to tap")
                 value = output if on == "output" else inputs[0]
                 if isinstance(value, tuple):  # attention modules return (values, weights)
                     value = value[0]
-                self.features[name] = pool_features(value, self.pool)
+                self.features[name] = self._pooled(name, module, value)
 
         return record
+
+    def _pooled(self, name: str, module: nn.Module, value) -> Tensor:
+        if callable(self.pool):
+            return _at_least_float32(self.pool(value))
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"layer {name!r} gives a {type(value).__name__}, not a tensor: pass a callable as "
+                "pool that makes (N, C) of it"
+            )
+        try:
+            where = _channels(module, value.ndim) if self.channels == "auto" else self.channels
+            return pool_features(value, self.pool, where)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
 
     def losses(self, matrices: dict[int, Tensor | None] | None = None) -> Tensor:
         """R of each tapped layer, shape (layers,), in the order of :attr:`names`.
@@ -134,6 +166,14 @@ class Handle:
                 f"no features of {', '.join(missing)}: run the model in training mode before loss()"
             )
         taken = [self.features[name] for name in self.names]
+        for name, z in zip(self.names, taken, strict=True):
+            if z.ndim != 2:
+                raise ValueError(f"pool must make (N, C) of layer {name!r}, not {tuple(z.shape)}")
+            if len(z) < 2:
+                raise ValueError(
+                    f"layer {name!r}: one sample has no covariance; leave out a last batch of one "
+                    "(drop_last=True of a DataLoader)"
+                )
         if not hasattr(self.regularizer, "values"):
             return torch.stack([self.regularizer(z) for z in taken])
         if matrices is None:
@@ -178,24 +218,34 @@ class Handle:
         self.clear()
 
 
-def pool_features(value: Tensor, pool: str | Callable[[Tensor], Tensor]) -> Tensor:
-    """A layer's value, (N, ..., C) or (N, C, H, W), as a batch of representations (N, C), float32.
+def pool_features(value: Tensor, pool: str, channels: str | None = None) -> Tensor:
+    """A layer's value as a batch of representations (N, C), float32; float64 stays float64.
 
-    float64 stays float64. See :func:`attach` for ``pool``.
+    Args:
+        value: (N, C), or with its channels where ``channels`` says.
+        pool: see :func:`attach`, here by name.
+        channels: ``"first"`` or ``"last"``; None: last in (N, tokens, C), first in (N, C, H, W).
+
+    Raises:
+        ValueError: a value that has no such layout, or no tokens where the pool is of tokens.
     """
-    if callable(pool):
-        return pool(value)
-    if value.dtype != torch.float64:
-        value = value.float()
+    value = _at_least_float32(value)
     if value.ndim == 2:
         return value
-    if value.ndim == 4:  # feature maps have their channels first
-        value = value.flatten(2).mT
-    if value.ndim != 3:
+    usual = {3: "last", 4: "first"}.get(value.ndim)
+    if value.ndim < 2 or (channels or usual) is None:
         raise ValueError(
-            f"cannot pool a layer's value of shape {tuple(value.shape)}: expected (N, C), "
-            "(N, tokens, C) or (N, C, H, W); pass a callable as pool"
+            f"cannot pool a value of shape {tuple(value.shape)}: expected (N, C), (N, tokens, C) "
+            "or (N, C, H, W); say where the channels are, or pass a callable as pool"
         )
+    are_tokens = value.ndim == 3 and (channels or usual) == "last"
+    if pool in ("class_token", "patches") and not are_tokens:
+        raise ValueError(
+            f"pool {pool!r} is of (N, tokens, C), not of {channels or usual} channels in a value "
+            f"of shape {tuple(value.shape)}"
+        )
+    if not are_tokens:
+        value = value.flatten(2).mT if (channels or usual) == "first" else value.flatten(1, -2)
     if pool == "mean":
         return value.mean(1)
     if pool == "patches":
@@ -203,6 +253,60 @@ def pool_features(value: Tensor, pool: str | Callable[[Tensor], Tensor]) -> Tens
             raise ValueError("pool 'patches' leaves out the class token, and there is no other")
         return value[:, 1:].mean(1)
     return value[:, 0] if pool == "class_token" else value.flatten(0, 1)
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _channels(module: nn.Module, ndim: int) -> str | None:
+    """Where a layer has its channels, as far as the kinds of layers in it tell; None: as usual."""
+    if isinstance(module, (*_LAST, *_FIRST)):
+        return "last" if isinstance(module, _LAST) else "first"
+    if ndim != 4:
+        return None
+    inside = list(module.modules())
+    last, first = (any(isinstance(m, kinds) for m in inside) for kinds in (_LAST, _FIRST))
+    if last and first:
+        raise ValueError(
+            "its value has four dimensions, and the layers in it have their channels in different "
+            "places: pass channels='first' or channels='last'"
+        )
+    return "last" if last else None
+
+
+def _refuse_batch_second(model: nn.Module, name: str) -> None:
+    """ValueError where PyTorch's module lays its values out as (tokens, N, C)."""
+    levels = name.split(".")
+    for i in range(len(levels), 0, -1):
+        module = model.get_submodule(".".join(levels[:i]))
+        inner = module
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+            inner = module.layers[0]
+        if getattr(getattr(inner, "self_attn", inner), "batch_first", True) is False:
+            raise ValueError(
+                f"layer {name!r} has its batch second (batch_first=False): build it with "
+                "batch_first=True, or pass a callable as pool"
+            )
+
+
+def _check_weights(weights: list, taps: dict[str, nn.Module]) -> None:
+    numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights)
+    if len(weights) != len(taps) or not numbers or not sum(weights):
+        raise ValueError(
+            f"weights must be {len(taps)} numbers >= 0 with a positive sum, one for each of "
+            f"{', '.join(taps)}; got {weights}"
+        )
+
+
+def _check_columns(columns: list, taps: dict[str, nn.Module], regularizer) -> None:
+    if len(columns) != len(taps) or not all(isinstance(k, int) and k >= 1 for k in columns):
+        raise ValueError(
+            f"columns must be {len(taps)} integers >= 1, one for each of {', '.join(taps)}; got "
+            f"{columns}"
+        )
+    if not hasattr(regularizer, "values"):
+        raise ValueError("columns are of a regularizer with a random matrix, such as WeakSIGReg")
 
 
 def _first_columns(matrix: Tensor | None, columns: int | None, channels: int) -> Tensor | None:
@@ -233,7 +337,10 @@ def _find(model: nn.Module, layers) -> dict[str, nn.Module]:
             continue
         matches = [name for name in named if _matches(name, item)]
         if not matches:
-            raise ValueError(f"no layer matches {item!r}; the layers are: {', '.join(named)}")
+            raise ValueError(
+                f"no layer matches {item!r}; did you mean {nearest(item, named)!r}? The layers "
+                f"are: {', '.join(named)}"
+            )
         found.update((name, named[name]) for name in matches)
     return found
 

@@ -123,7 +123,11 @@ def test_lists_modules_and_patterns_tap_each_layer_once_in_the_order_given():
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
-        ("block.*", {}, r"no layer matches 'block\.\*'; the layers are: stem, blocks, blocks\.0, "),
+        (
+            "block.*",
+            {},
+            r"no layer matches 'block\.\*'; did you mean 'blocks.*'\? .*: stem, ",
+        ),
         ("blocks", {"on": "grad"}, "on must be 'output' or 'input', not 'grad'"),
         ("blocks.*", {"pool": "class"}, "unknown pool 'class'; did you mean 'class_token'"),
         ([], {}, "layers is empty"),
@@ -132,6 +136,10 @@ def test_lists_modules_and_patterns_tap_each_layer_once_in_the_order_given():
         (["stem", "head"], {"weights": [1.0]}, "2 numbers >= 0 .* stem, head; got"),
         (["stem", "head"], {"weights": [1.0, -1.0]}, "weights must be"),
         (["stem", "head"], {"weights": [0.0, 0.0]}, "positive sum"),
+        (["stem", "head"], {"weights": [float("nan"), 1.0]}, "weights must be 2 numbers"),
+        (["stem", "head"], {"weights": {"stem": 1.0, "head": 1.0}}, "weights must be 2 numbers"),
+        (["stem", "head"], {"columns": [2.0, 2.0]}, "columns must be 2 integers >= 1"),
+        ("blocks.*", {"channels": "middle"}, "'auto', 'first' or 'last', not 'middle'"),
     ],
 )
 def test_bad_arguments_are_named_and_leave_no_hook(layers, options, message):
@@ -139,6 +147,12 @@ def test_bad_arguments_are_named_and_leave_no_hook(layers, options, message):
     with pytest.raises(ValueError, match=message):
         attach(net, layers, WeakSIGReg(), **options)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("regularizer", [WeakSIGReg, "weak"])
+def test_a_regularizer_is_an_instance_that_can_be_called(regularizer):
+    with pytest.raises(TypeError, match=r"a module or function, WeakSIGReg\(\) say, not"):
+        attach(Net(), "stem", regularizer)
 
 
 # ---------------------------------------------------------------- what is recorded
@@ -166,14 +180,144 @@ def test_pools_equal_their_sums_by_hand():
     assert pool_features(tokens, "tokens").tolist() == torch.arange(24.0).view(6, 4).tolist()
     maps = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)  # channels first
     assert pool_features(maps, "mean").tolist() == [[1.5, 5.5, 9.5], [13.5, 17.5, 21.5]]
-    assert pool_features(maps, "class_token").tolist() == [[0, 4, 8], [12, 16, 20]]
     rows = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
     assert pool_features(maps, "tokens")[:4].tolist() == rows
     assert pool_features(maps, "tokens").shape == (8, 3)
-    assert pool_features(maps, lambda v: v.amax((2, 3))).tolist() == [[3, 7, 11], [15, 19, 23]]
+    last = maps.movedim(1, -1)
+    assert torch.equal(pool_features(last, "mean", "last"), pool_features(maps, "mean"))
+    assert torch.equal(pool_features(last, "tokens", "last"), pool_features(maps, "tokens"))
+    line = torch.arange(6.0).view(1, 2, 3)  # of a Conv1d
+    assert pool_features(line, "mean", "first").tolist() == [[1, 4]]
+    assert pool_features(line, "tokens", "first").tolist() == [[0, 3], [1, 4], [2, 5]]
+    volume = torch.arange(8.0).view(1, 2, 2, 2, 1)
+    assert pool_features(volume, "mean", "first").tolist() == [[1.5, 5.5]]
     vectors = torch.arange(6.0).view(2, 3)
     for pool in ("mean", "class_token", "patches", "tokens"):
         assert torch.equal(pool_features(vectors, pool), vectors)
+
+
+@pytest.mark.parametrize("pool", ["class_token", "patches"])
+@pytest.mark.parametrize(("shape", "channels"), [((2, 3, 2, 2), None), ((2, 3, 4), "first")])
+def test_only_tokens_have_a_class_token(pool, shape, channels):
+    with pytest.raises(ValueError, match=rf"pool '{pool}' is of \(N, tokens, C\)"):
+        pool_features(torch.ones(shape), pool, channels)
+
+
+class Swapped(nn.Module):
+    """A convolution whose feature maps leave with their channels last."""
+
+    def __init__(self, *after: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2, 5, 1)
+        self.after = nn.Sequential(*after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.inner(x).permute(0, 2, 3, 1))
+
+
+def test_channels_are_found_by_the_kind_of_a_layer():
+    net = nn.Sequential(Swapped(nn.LayerNorm(5)), nn.Sequential(nn.Linear(5, 7), nn.ReLU()))
+    x = inputs(6, 2, 4, 3)
+    handle = attach(net, ["0.inner", "0.after.0", "1.0", "1"], None)
+    net(x)
+    maps = net[0].inner(x)
+    normed = net[0](x)
+    found = handle.features
+    torch.testing.assert_close(found["0.inner"], maps.mean((2, 3)))
+    torch.testing.assert_close(found["0.after.0"], normed.mean((1, 2)))
+    torch.testing.assert_close(found["1.0"], net[1][0](normed).mean((1, 2)))
+    torch.testing.assert_close(found["1"], net(x).mean((1, 2)))  # nothing but a Linear inside
+    line = nn.Sequential(nn.Conv1d(2, 5, 1))
+    handle = attach(line, "0", None)
+    out = line(inputs(6, 2, 4))
+    torch.testing.assert_close(handle.features["0"], out.mean(2))
+
+
+def test_a_layer_of_both_kinds_says_where_its_channels_are():
+    net, x = nn.Sequential(Swapped(nn.LayerNorm(5))), inputs(6, 2, 4, 3)
+    attach(net, "0", None).remove()
+    handle = attach(net, "0", None)
+    with pytest.raises(ValueError, match=r"layer '0': .* pass channels='first' or channels='last'"):
+        net(x)
+    handle.remove()
+    told = attach(net, "0", None, channels="last")
+    torch.testing.assert_close(told.features.get("0", net(x)), net(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        (nn.TransformerEncoderLayer(4, 2, 8), ["0", "0.linear1"]),
+        (
+            nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(4, 2, 8), 2, enable_nested_tensor=False
+            ),
+            ["0", "0.layers.1"],
+        ),
+        (nn.LSTM(4, 4), ["0"]),
+        (nn.MultiheadAttention(4, 2), ["0"]),
+    ],
+    ids=["layer", "encoder", "lstm", "attention"],
+)
+def test_a_batch_in_second_place_is_refused(layer, names):
+    net = nn.Sequential(layer)
+    for name in names:
+        with pytest.raises(ValueError, match=rf"layer '{name}' has its batch second"):
+            attach(net, name, WeakSIGReg())
+        attach(net, name, WeakSIGReg(), pool=lambda z: z.mean(0)).remove()
+
+
+def test_a_batch_in_first_place_is_not():
+    net = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    handle = attach(net, ["0", "0.linear1"], None)
+    out = net(inputs(3, 5, 4))
+    torch.testing.assert_close(handle.features["0"], out.mean(1))
+
+
+def test_what_a_layer_gives_can_be_anything_that_a_callable_pools():
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"hidden": x, "other": -x}
+
+    net, x = nn.Sequential(Named()), inputs(6, 5, 4)
+    handle = attach(net, "0", None)
+    with pytest.raises(TypeError, match="layer '0' gives a dict, not a tensor: pass a callable"):
+        net(x)
+    handle.remove()
+    handle = attach(net, "0", WeakSIGReg(), pool=lambda out: out["hidden"].bfloat16().amax(1))
+    net(x)
+    assert torch.equal(handle.features["0"], x.bfloat16().amax(1).float())
+
+
+def test_a_callable_that_does_not_make_samples_of_channels_is_named_with_its_layer():
+    net = Net()
+    handle = attach(net, "blocks.3", WeakSIGReg(), pool=lambda z: z)
+    net(inputs(8, 5, 4))
+    with pytest.raises(ValueError, match=r"\(N, C\) of layer 'blocks.3', not \(8, 5, 6\)"):
+        handle.loss()
+
+
+def test_a_batch_of_one_is_named_with_its_layer():
+    net = Net()
+    handle = attach(net, "blocks.3", WeakSIGReg())
+    net(inputs(1, 4))
+    with pytest.raises(ValueError, match=r"layer 'blocks.3': one sample .*drop_last=True"):
+        handle.loss()
+
+
+def test_an_input_handed_over_by_keyword_cannot_be_tapped():
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(input=x)
+
+    net = Caller()
+    attach(net, "inner", None, on="input")
+    with pytest.raises(RuntimeError, match="layer 'inner' is called by keywords"):
+        net(inputs(3, 4))
 
 
 def test_a_class_token_alone_has_no_patches_beside_it():

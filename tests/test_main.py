@@ -33,7 +33,7 @@ def test_show_prints_overridden_settings(capsys):
 def test_run_trains_prints_a_line_an_epoch_and_writes_the_record(tmp_path, capsys):
     assert main(["run", "digits/weak", "--seed", "3", *SMALL, *folders(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "epoch 2/2" in lines[1] and "R " in lines[1]
+    assert len(lines) == 3 and "-s3 on digits, epoch 2/2" in lines[1] and "R " in lines[1]
     path = tmp_path / "r/digits/digits-weak+width=32+depth=2+epochs=2-s3.json"
     assert lines[2].endswith(f"finished at epoch 2, record {path}")
     record = records.read(path)

@@ -543,7 +543,7 @@ def test_clipping_is_counted_by_epochs_and_shrinks_the_step(tmp_path):
     assert found["step / gradient"] == "0.025"  # 0.1 clipped from 4 to 1
     assert found["train - test (points)"] == "+9.7"
     said = tables.clipping([descending(tmp_path)])
-    assert "clipped in 30 of 40 epochs, a step at epoch 40 being 0.025 times the gradient" in said
+    assert "is in 30 of 40 epochs (step at epoch 40: 0.025 of the gradient)" in said
     assert tables.optimization_table([row(tmp_path, name="mlp/weak")]).empty
     unclipped = made("vit/none", epochs=3)
     unclipped.history["grad_norm"] = [2.0] * 3
@@ -552,7 +552,7 @@ def test_clipping_is_counted_by_epochs_and_shrinks_the_step(tmp_path):
     # AdamW's step is not proportional to the gradient
     assert found.loc["No regularizer", "step / gradient"] == "-"
     said = tables.clipping([row(tmp_path, name="vit/none")])
-    assert said == "By the mean norm of an epoch, vit/none is not clipped."
+    assert said == "Clipped, by the mean norm of an epoch: vit/none is not."
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 8])

@@ -65,12 +65,11 @@ def clipping(rows: Iterable[Row]) -> str:
     parts = []
     for row, (_, at) in zip(rows, found.iterrows(), strict=True):
         share, step = at["epochs above the clip"], at["step / gradient"]
-        often = f"clipped in {share} epochs"
-        said = f"{row.published.name} is {'not clipped' if share == 'no clip' else often}"
+        said = f"{row.published.name} is {'not' if share == 'no clip' else f'in {share} epochs'}"
         if step != "-":
-            said += f", a step at epoch {at['epoch']} being {step} times the gradient"
+            said += f" (step at epoch {at['epoch']}: {step} of the gradient)"
         parts.append(said)
-    return "By the mean norm of an epoch, " + "; ".join(parts) + "."
+    return f"Clipped, by the mean norm of an epoch: {', '.join(parts)}."
 
 
 def milestones(rows: Iterable[Row], levels: Sequence[float]) -> DataFrame:

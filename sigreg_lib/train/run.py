@@ -320,7 +320,7 @@ def device_name(device: torch.device) -> str:
 def line(record: Record, stop: int) -> str:
     """The last epoch in one line; what was not measured is left out."""
     last = record.last
-    parts = [f"{record.name} epoch {last['epoch']}/{stop}"]
+    parts = [f"{record.name} on {record.dataset}, epoch {last['epoch']}/{stop}"]
     parts.append(f"loss {float('nan') if last['train_loss'] is None else last['train_loss']:.3f}")
     if last["regularizer"] is not None:
         parts.append(f"R {last['regularizer']:.3g}")
