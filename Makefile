@@ -37,7 +37,7 @@ env: $(STAMP)  ## make or update .venv from environment.yml
 quickstart: $(STAMP)  ## run notebooks/00_quickstart.ipynb on this machine, minutes on two cores
 	@rm -rf $(OUT)/00_quickstart && mkdir -p $(OUT)/00_quickstart
 	$(PAPERMILL) notebooks/00_quickstart.ipynb $(OUT)/00_quickstart.ipynb \
-		-p budget cpu -p out ../$(OUT)/00_quickstart
+		--no-progress-bar --stdout-file - -p budget cpu -p out ../$(OUT)/00_quickstart
 	@echo "notebook: $(OUT)/00_quickstart.ipynb"
 	@ls $(OUT)/00_quickstart/*.png $(OUT)/00_quickstart/*.pdf | sed 's/^/figure:   /'
 

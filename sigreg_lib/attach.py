@@ -5,16 +5,20 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sigreg_lib._names import nearest
-
-POOLS = ("mean", "class_token", "patches", "tokens")
-_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)  # kinds of layers whose channels lie there
-_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+from sigreg_lib.pooling import (
+    POOLS,
+    Layout,
+    at_least_float32,
+    pool_features,
+    refuse_batch_second,
+)
 
 
 def attach(
@@ -42,11 +46,12 @@ def attach(
             ``"tokens"`` all of them as samples, (N * positions, C); of tokens (N, tokens, C) also
             ``"class_token"``, the first, and ``"patches"``, the mean over all others; or a callable
             that makes (N, C) of whatever the layer gives (a dict, say).
-        channels: where they are in values of more than two dimensions, ``"last"`` (N, ..., C) or
-            ``"first"`` (N, C, ...). ``"auto"`` (default): where the layer's kind has them (last:
-            Linear, LayerNorm, Embedding; first: convolutions, BatchNorm, GroupNorm), where all such
-            layers inside it have them, else last in (N, tokens, C) and first in (N, C, H, W). A
-            four-dimensional value of a layer that holds both kinds has to be told.
+        channels: where they are in values of more than two dimensions: ``"last"`` (N, ..., C) or
+            ``"first"`` (N, C, ...). PyTorch's own layers keep their place whatever is said here
+            (last: Linear, LayerNorm, RMSNorm, Embedding; first: convolutions, BatchNorm, GroupNorm,
+            InstanceNorm). For all others ``"auto"`` (default) takes (N, tokens, C) and (N, C, H, W)
+            and raises where a layer holds one of the other kind (a Linear for (N, C, H, W), a
+            Conv1d for (N, tokens, C)), or stands beside one and holds none: there it must be told.
         weights: weight of each layer in the average; default equal.
         columns: K of each layer, if they differ: a layer takes the first so many columns of the
             regularizer's random matrix, whose own K must be the largest of them and, for Weak, lie
@@ -60,8 +65,9 @@ def attach(
     Raises:
         TypeError: a regularizer that cannot be called, or a class instead of an instance.
         ValueError: a pattern or module that matches nothing, an unknown option, wrong weights or
-            columns, or a layer whose values have the batch second (``batch_first=False``) without a
-            callable as pool.
+            columns, or, without a callable as pool, a layer in one of PyTorch's transformers, or
+            a recurrent or attention layer of PyTorch, with ``batch_first=False``. (In modules of
+            your own a batch in second place is not seen.)
 
     Example::
 
@@ -82,11 +88,11 @@ def attach(
     taps = _find(model, layers)
     if not callable(pool):
         for name in taps:
-            _refuse_batch_second(model, name)
+            refuse_batch_second(model, name)
     if weights is not None:
-        _check_weights(list(weights), taps)
+        weights = _checked_weights(weights, taps)
     if columns is not None:
-        _check_columns(list(columns), taps, regularizer)
+        columns = _checked_columns(columns, taps, regularizer)
     return Handle(model, taps, regularizer, on, pool, channels, weights, columns)
 
 
@@ -95,8 +101,8 @@ class Handle:
 
     Off while the model is in eval mode, unless :attr:`always` is set (for diagnostics); off while
     it trains if :attr:`in_training` is taken back. A layer that runs several times in one forward
-    pass counts with its last run. What a forward pass in training mode recorded stays until the
-    next one, or until :meth:`clear`.
+    pass counts with its last run. What was recorded stays until the layer runs again in training
+    mode, or until :meth:`clear`.
     """
 
     def __init__(self, model, taps, regularizer, on, pool, channels, weights, columns) -> None:
@@ -108,6 +114,7 @@ class Handle:
         self.always, self.in_training = False, True
         self.features: dict[str, Tensor] = {}
         """Pooled representations of the last forward pass by layer name, (N, C) each."""
+        self._recorded: dict[str, tuple[Tensor, int]] = {}  # with their version, by eager code
         self._hooks = [
             module.register_forward_hook(self._hook(name, module, on))
             for name, module in taps.items()
@@ -120,6 +127,8 @@ class Handle:
         )
 
     def _hook(self, name: str, tapped: nn.Module, on: str):
+        layout = Layout.of(self.model, name)  # found once, and outside of compiled code
+
         def record(module: nn.Module, inputs: tuple, output) -> None:
             if module is not tapped:  # a copy of the model (of averaged weights, say) has its hooks
                 return
@@ -127,22 +136,26 @@ class Handle:
                 if on == "input" and not inputs:
                     raise RuntimeError(f"layer {name!r} is called by keywords: no input to tap")
                 value = output if on == "output" else inputs[0]
-                if isinstance(value, tuple):  # attention modules return (values, weights)
+                if isinstance(value, tuple) and value:  # attention gives (values, weights)
                     value = value[0]
-                self.features[name] = self._pooled(name, module, value)
+                z = self.features[name] = self._pooled(name, layout, value)
+                if not torch.compiler.is_compiling() and not z.is_inference():
+                    self._recorded[name] = z, z._version
 
         return record
 
-    def _pooled(self, name: str, module: nn.Module, value) -> Tensor:
+    def _pooled(self, name: str, layout: Layout, value) -> Tensor:
         if callable(self.pool):
-            return _at_least_float32(self.pool(value))
+            value = self.pool(value)
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"layer {name!r} gives a {type(value).__name__}, not a tensor: pass a callable as "
                 "pool that makes (N, C) of it"
             )
+        if callable(self.pool):
+            return at_least_float32(value)
         try:
-            where = _channels(module, value.ndim) if self.channels == "auto" else self.channels
+            where = layout.channels(value, self.channels)
             return pool_features(value, self.pool, where)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
@@ -167,6 +180,13 @@ class Handle:
             )
         taken = [self.features[name] for name in self.names]
         for name, z in zip(self.names, taken, strict=True):
+            if not torch.compiler.is_compiling():
+                recorded, version = self._recorded.get(name, (None, 0))
+                if recorded is z and z._version != version:
+                    raise RuntimeError(
+                        f"layer {name!r}: its value was changed in place after it was recorded, by "
+                        "an inplace activation, say: make that one not inplace, or tap behind it"
+                    )
             if z.ndim != 2:
                 raise ValueError(f"pool must make (N, C) of layer {name!r}, not {tuple(z.shape)}")
             if len(z) < 2:
@@ -209,6 +229,7 @@ class Handle:
     def clear(self) -> None:
         """Forget the recorded features, and the graph that they hold."""
         self.features.clear()
+        self._recorded.clear()
 
     def remove(self) -> None:
         """Take the taps out of the model; nothing stays behind."""
@@ -218,95 +239,35 @@ class Handle:
         self.clear()
 
 
-def pool_features(value: Tensor, pool: str, channels: str | None = None) -> Tensor:
-    """A layer's value as a batch of representations (N, C), float32; float64 stays float64.
-
-    Args:
-        value: (N, C), or with its channels where ``channels`` says.
-        pool: see :func:`attach`, here by name.
-        channels: ``"first"`` or ``"last"``; None: last in (N, tokens, C), first in (N, C, H, W).
-
-    Raises:
-        ValueError: a value that has no such layout, or no tokens where the pool is of tokens.
-    """
-    value = _at_least_float32(value)
-    if value.ndim == 2:
-        return value
-    usual = {3: "last", 4: "first"}.get(value.ndim)
-    if value.ndim < 2 or (channels or usual) is None:
-        raise ValueError(
-            f"cannot pool a value of shape {tuple(value.shape)}: expected (N, C), (N, tokens, C) "
-            "or (N, C, H, W); say where the channels are, or pass a callable as pool"
-        )
-    are_tokens = value.ndim == 3 and (channels or usual) == "last"
-    if pool in ("class_token", "patches") and not are_tokens:
-        raise ValueError(
-            f"pool {pool!r} is of (N, tokens, C), not of {channels or usual} channels in a value "
-            f"of shape {tuple(value.shape)}"
-        )
-    if not are_tokens:
-        value = value.flatten(2).mT if (channels or usual) == "first" else value.flatten(1, -2)
-    if pool == "mean":
-        return value.mean(1)
-    if pool == "patches":
-        if value.shape[1] < 2:
-            raise ValueError("pool 'patches' leaves out the class token, and there is no other")
-        return value[:, 1:].mean(1)
-    return value[:, 0] if pool == "class_token" else value.flatten(0, 1)
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
-
-
-def _channels(module: nn.Module, ndim: int) -> str | None:
-    """Where a layer has its channels, as far as the kinds of layers in it tell; None: as usual."""
-    if isinstance(module, (*_LAST, *_FIRST)):
-        return "last" if isinstance(module, _LAST) else "first"
-    if ndim != 4:
-        return None
-    inside = list(module.modules())
-    last, first = (any(isinstance(m, kinds) for m in inside) for kinds in (_LAST, _FIRST))
-    if last and first:
-        raise ValueError(
-            "its value has four dimensions, and the layers in it have their channels in different "
-            "places: pass channels='first' or channels='last'"
-        )
-    return "last" if last else None
-
-
-def _refuse_batch_second(model: nn.Module, name: str) -> None:
-    """ValueError where PyTorch's module lays its values out as (tokens, N, C)."""
-    levels = name.split(".")
-    for i in range(len(levels), 0, -1):
-        module = model.get_submodule(".".join(levels[:i]))
-        inner = module
-        if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
-            inner = module.layers[0]
-        if getattr(getattr(inner, "self_attn", inner), "batch_first", True) is False:
-            raise ValueError(
-                f"layer {name!r} has its batch second (batch_first=False): build it with "
-                "batch_first=True, or pass a callable as pool"
-            )
-
-
-def _check_weights(weights: list, taps: dict[str, nn.Module]) -> None:
-    numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights)
-    if len(weights) != len(taps) or not numbers or not sum(weights):
+def _checked_weights(weights: Sequence[float], taps: dict[str, nn.Module]) -> list[float]:
+    numbers = _converted(weights, float)
+    fine = len(numbers) == len(taps) and all(0 <= w < math.inf for w in numbers)
+    if not fine or not sum(numbers):
         raise ValueError(
             f"weights must be {len(taps)} numbers >= 0 with a positive sum, one for each of "
             f"{', '.join(taps)}; got {weights}"
         )
+    return numbers
 
 
-def _check_columns(columns: list, taps: dict[str, nn.Module], regularizer) -> None:
-    if len(columns) != len(taps) or not all(isinstance(k, int) and k >= 1 for k in columns):
+def _checked_columns(columns: Sequence[int], taps: dict[str, nn.Module], regularizer) -> list[int]:
+    numbers = _converted(columns, operator.index)
+    if len(numbers) != len(taps) or min(numbers) < 1:
         raise ValueError(
             f"columns must be {len(taps)} integers >= 1, one for each of {', '.join(taps)}; got "
             f"{columns}"
         )
     if not hasattr(regularizer, "values"):
         raise ValueError("columns are of a regularizer with a random matrix, such as WeakSIGReg")
+    return numbers
+
+
+def _converted(values, convert: Callable) -> list:
+    """Empty where one of them is no such number."""
+    try:
+        return [convert(value) for value in values]
+    except (TypeError, ValueError):
+        return []
 
 
 def _first_columns(matrix: Tensor | None, columns: int | None, channels: int) -> Tensor | None:
@@ -337,10 +298,9 @@ def _find(model: nn.Module, layers) -> dict[str, nn.Module]:
             continue
         matches = [name for name in named if _matches(name, item)]
         if not matches:
-            raise ValueError(
-                f"no layer matches {item!r}; did you mean {nearest(item, named)!r}? The layers "
-                f"are: {', '.join(named)}"
-            )
+            near = nearest(item, named, cutoff=0.5)
+            hint = f"; did you mean {near!r}?" if near and not set(item) & set("*?[") else ";"
+            raise ValueError(f"no layer matches {item!r}{hint} the layers are: {', '.join(named)}")
         found.update((name, named[name]) for name in matches)
     return found
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from helpers import seeded
 from torch import Tensor, nn
 
-from sigreg_lib.attach import attach, pool_features
+from sigreg_lib.attach import attach
 from sigreg_lib.losses import SIGReg, WeakSIGReg, strong_sigreg, weak_sigreg
 from sigreg_lib.sketch import directions, gaussian
 
@@ -126,12 +127,13 @@ def test_lists_modules_and_patterns_tap_each_layer_once_in_the_order_given():
         (
             "block.*",
             {},
-            r"no layer matches 'block\.\*'; did you mean 'blocks.*'\? .*: stem, ",
+            r"no layer matches 'block\.\*'; the layers are: stem, blocks, blocks\.0, ",
         ),
         ("blocks", {"on": "grad"}, "on must be 'output' or 'input', not 'grad'"),
         ("blocks.*", {"pool": "class"}, "unknown pool 'class'; did you mean 'class_token'"),
         ([], {}, "layers is empty"),
-        (["stem", "nothing"], {}, "no layer matches 'nothing'"),
+        (["stem", "nothing"], {}, "no layer matches 'nothing'; the layers are"),
+        ("blocks.3.mlpp", {}, r"did you mean 'blocks\.3\.mlp'\?"),
         (nn.Linear(2, 2), {}, "Linear is not a submodule of the model"),
         (["stem", "head"], {"weights": [1.0]}, "2 numbers >= 0 .* stem, head; got"),
         (["stem", "head"], {"weights": [1.0, -1.0]}, "weights must be"),
@@ -172,108 +174,6 @@ def test_output_and_input_of_a_layer_are_recorded(shape):
     torch.testing.assert_close(into.features["blocks.0"], mean(seen["stem"]))
 
 
-def test_pools_equal_their_sums_by_hand():
-    tokens = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
-    assert pool_features(tokens, "mean").tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]
-    assert pool_features(tokens, "class_token").tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]
-    assert pool_features(tokens, "patches").tolist() == [[6, 7, 8, 9], [18, 19, 20, 21]]
-    assert pool_features(tokens, "tokens").tolist() == torch.arange(24.0).view(6, 4).tolist()
-    maps = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)  # channels first
-    assert pool_features(maps, "mean").tolist() == [[1.5, 5.5, 9.5], [13.5, 17.5, 21.5]]
-    rows = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
-    assert pool_features(maps, "tokens")[:4].tolist() == rows
-    assert pool_features(maps, "tokens").shape == (8, 3)
-    last = maps.movedim(1, -1)
-    assert torch.equal(pool_features(last, "mean", "last"), pool_features(maps, "mean"))
-    assert torch.equal(pool_features(last, "tokens", "last"), pool_features(maps, "tokens"))
-    line = torch.arange(6.0).view(1, 2, 3)  # of a Conv1d
-    assert pool_features(line, "mean", "first").tolist() == [[1, 4]]
-    assert pool_features(line, "tokens", "first").tolist() == [[0, 3], [1, 4], [2, 5]]
-    volume = torch.arange(8.0).view(1, 2, 2, 2, 1)
-    assert pool_features(volume, "mean", "first").tolist() == [[1.5, 5.5]]
-    vectors = torch.arange(6.0).view(2, 3)
-    for pool in ("mean", "class_token", "patches", "tokens"):
-        assert torch.equal(pool_features(vectors, pool), vectors)
-
-
-@pytest.mark.parametrize("pool", ["class_token", "patches"])
-@pytest.mark.parametrize(("shape", "channels"), [((2, 3, 2, 2), None), ((2, 3, 4), "first")])
-def test_only_tokens_have_a_class_token(pool, shape, channels):
-    with pytest.raises(ValueError, match=rf"pool '{pool}' is of \(N, tokens, C\)"):
-        pool_features(torch.ones(shape), pool, channels)
-
-
-class Swapped(nn.Module):
-    """A convolution whose feature maps leave with their channels last."""
-
-    def __init__(self, *after: nn.Module) -> None:
-        super().__init__()
-        self.inner = nn.Conv2d(2, 5, 1)
-        self.after = nn.Sequential(*after)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.inner(x).permute(0, 2, 3, 1))
-
-
-def test_channels_are_found_by_the_kind_of_a_layer():
-    net = nn.Sequential(Swapped(nn.LayerNorm(5)), nn.Sequential(nn.Linear(5, 7), nn.ReLU()))
-    x = inputs(6, 2, 4, 3)
-    handle = attach(net, ["0.inner", "0.after.0", "1.0", "1"], None)
-    net(x)
-    maps = net[0].inner(x)
-    normed = net[0](x)
-    found = handle.features
-    torch.testing.assert_close(found["0.inner"], maps.mean((2, 3)))
-    torch.testing.assert_close(found["0.after.0"], normed.mean((1, 2)))
-    torch.testing.assert_close(found["1.0"], net[1][0](normed).mean((1, 2)))
-    torch.testing.assert_close(found["1"], net(x).mean((1, 2)))  # nothing but a Linear inside
-    line = nn.Sequential(nn.Conv1d(2, 5, 1))
-    handle = attach(line, "0", None)
-    out = line(inputs(6, 2, 4))
-    torch.testing.assert_close(handle.features["0"], out.mean(2))
-
-
-def test_a_layer_of_both_kinds_says_where_its_channels_are():
-    net, x = nn.Sequential(Swapped(nn.LayerNorm(5))), inputs(6, 2, 4, 3)
-    attach(net, "0", None).remove()
-    handle = attach(net, "0", None)
-    with pytest.raises(ValueError, match=r"layer '0': .* pass channels='first' or channels='last'"):
-        net(x)
-    handle.remove()
-    told = attach(net, "0", None, channels="last")
-    torch.testing.assert_close(told.features.get("0", net(x)), net(x).mean((1, 2)))
-
-
-@pytest.mark.parametrize(
-    ("layer", "names"),
-    [
-        (nn.TransformerEncoderLayer(4, 2, 8), ["0", "0.linear1"]),
-        (
-            nn.TransformerEncoder(
-                nn.TransformerEncoderLayer(4, 2, 8), 2, enable_nested_tensor=False
-            ),
-            ["0", "0.layers.1"],
-        ),
-        (nn.LSTM(4, 4), ["0"]),
-        (nn.MultiheadAttention(4, 2), ["0"]),
-    ],
-    ids=["layer", "encoder", "lstm", "attention"],
-)
-def test_a_batch_in_second_place_is_refused(layer, names):
-    net = nn.Sequential(layer)
-    for name in names:
-        with pytest.raises(ValueError, match=rf"layer '{name}' has its batch second"):
-            attach(net, name, WeakSIGReg())
-        attach(net, name, WeakSIGReg(), pool=lambda z: z.mean(0)).remove()
-
-
-def test_a_batch_in_first_place_is_not():
-    net = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
-    handle = attach(net, ["0", "0.linear1"], None)
-    out = net(inputs(3, 5, 4))
-    torch.testing.assert_close(handle.features["0"], out.mean(1))
-
-
 def test_what_a_layer_gives_can_be_anything_that_a_callable_pools():
     class Named(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -305,6 +205,36 @@ def test_a_batch_of_one_is_named_with_its_layer():
         handle.loss()
 
 
+def test_a_value_that_is_changed_in_place_is_not_regularized_in_silence():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), nn.ReLU())
+    initialize(net)
+    handle, x = attach(net, ["0", "2"], WeakSIGReg()), inputs(12, 4)
+    net(x)
+    with pytest.raises(RuntimeError, match="layer '0': its value was changed in place"):
+        handle.loss()
+    net[1].inplace = False
+    net(x)
+    torch.testing.assert_close(handle.losses()[0], weak_sigreg(net[0](x)))
+
+
+def test_weights_and_columns_may_come_as_tensors_and_arrays():
+    net, x = Net(), inputs(12, 4)
+    names = ["blocks.0", "blocks.1"]
+    options = {"weights": torch.tensor([1.0, 3.0]), "columns": np.array([2, 3])}
+    told = attach(net, names, WeakSIGReg(5, seed=1), weights=[1, 3], columns=[2, 3])
+    other = attach(net, names, WeakSIGReg(5, seed=1), **options)
+    net(x)
+    assert torch.equal(told.loss(), other.loss())
+
+
+@pytest.mark.parametrize("made", [{"a": 1}, ()], ids=["dict", "nothing"])
+def test_a_pool_that_makes_no_tensor_is_named_with_its_layer(made):
+    net = Net()
+    attach(net, "stem", WeakSIGReg(), pool=lambda z: made)
+    with pytest.raises(TypeError, match="layer 'stem' gives a"):
+        net(inputs(3, 4))
+
+
 def test_an_input_handed_over_by_keyword_cannot_be_tapped():
     class Caller(nn.Module):
         def __init__(self) -> None:
@@ -320,11 +250,6 @@ def test_an_input_handed_over_by_keyword_cannot_be_tapped():
         net(inputs(3, 4))
 
 
-def test_a_class_token_alone_has_no_patches_beside_it():
-    with pytest.raises(ValueError, match="pool 'patches' leaves out the class token"):
-        pool_features(torch.ones(2, 1, 4), "patches")
-
-
 def test_taps_for_looking_are_silent_while_the_model_trains():
     net = Net()
     handle = attach(net, "blocks.*", None)
@@ -334,20 +259,6 @@ def test_taps_for_looking_are_silent_while_the_model_trains():
     handle.always = True
     net(inputs(8, 4))
     assert set(handle.features) == set(handle.names)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5, 6)])
-def test_values_without_a_known_layout_need_a_callable(shape):
-    with pytest.raises(ValueError, match=r"cannot pool .* pass a callable"):
-        pool_features(torch.ones(shape), "mean")
-
-
-def test_pooling_is_float32_for_low_precision_and_keeps_float64():
-    # 2048 + 1 is not a bfloat16: a sum in low precision would lose the ones
-    tokens = torch.tensor([2048.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16).view(1, 4, 1)
-    assert pool_features(tokens, "mean").item() == 2051 / 4
-    assert pool_features(tokens, "mean").dtype == torch.float32
-    assert pool_features(tokens.double(), "mean").dtype == torch.float64
 
 
 def test_the_values_of_an_attention_module_are_taken_and_not_its_weights():

@@ -23,7 +23,7 @@ _VARIANTS = ("#029e73", "#cc78bc", "#d55e00", "#56b4e9")  # seaborn's colorblind
 def plot_curves(rows: Sequence[Row]) -> Figure:
     """Test accuracy over epochs, a panel a row, over the published points.
 
-    Titles: the verdict, and other rows that the runs would pass as.
+    Titles: the verdict with n at its epoch, and other rows that the runs would pass as.
 
     Mean and 95% interval as far as all runs of a row go; beyond, and where runs differ in length,
     each run by itself as a thin line.
@@ -51,7 +51,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
             _missing(ax)
         others = ", ".join(LABELS[other.method] for other in passes_as(row))
         alike = f"would pass as {others}" if others else ""
-        ax.set_title(f"{row.label}:\n{verdict(row)}\n{alike}")
+        runs = f", n = {len(row.accuracies(row.epoch))}" if row.judged and row.epoch else ""
+        ax.set_title(f"{row.label}:\n{verdict(row)}{runs}\n{alike}")
         ax.set(xscale="log", xlabel="epoch")
         _epoch_ticks(ax, 400 if row.judged else max(row.shared, default=10))
         if ax.get_legend_handles_labels()[0]:
