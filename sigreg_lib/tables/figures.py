@@ -52,7 +52,7 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         others = ", ".join(LABELS[other.method] for other in passes_as(row))
         alike = f"would pass as {others}" if others else ""
         runs = f", n = {len(row.accuracies(row.epoch))}" if row.judged and row.epoch else ""
-        ax.set_title(f"{row.label}:\n{verdict(row)}{runs}\n{alike}")
+        ax.set_title(f"{row.label}{runs}:\n{verdict(row)}\n{alike}")
         ax.set(xscale="log", xlabel="epoch")
         _epoch_ticks(ax, 400 if row.judged else max(row.shared, default=10))
         if ax.get_legend_handles_labels()[0]:
