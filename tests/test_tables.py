@@ -454,14 +454,14 @@ def test_every_state_of_the_records_can_be_drawn(tmp_path):
             fig.canvas.draw()
     titles = [ax.get_title() for ax in drawn[0].axes]
     assert titles == [
-        "No regularizer, n = 1:\nreproduced\n",
+        "No regularizer, n = 1 at epoch 400:\nreproduced\n",
         "Strong:\nmissing\n",
-        "Weak, n = 1:\nreproduced in part (to epoch 40)\n",
+        "Weak, n = 1 at epoch 40:\nreproduced in part (to epoch 40)\n",
     ]
     alike = row(tmp_path / "alike", at_points("vit/none", (8.04,)), name="vit/none")
     (panel,) = tables.plot_curves([alike]).axes
     assert panel.get_title().endswith(
-        ", n = 1:\nreproduced in part (to epoch 1)\nwould pass as Strong"
+        ", n = 1 at epoch 1:\nreproduced in part (to epoch 1)\nwould pass as Strong"
     )
     # six published points in every panel, and all epochs of every run
     points, *runs = drawn[0].axes[2].lines

@@ -51,7 +51,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
             _missing(ax)
         others = ", ".join(LABELS[other.method] for other in passes_as(row))
         alike = f"would pass as {others}" if others else ""
-        runs = f", n = {len(row.accuracies(row.epoch))}" if row.judged and row.epoch else ""
+        at = f" at epoch {row.epoch}"
+        runs = f", n = {len(row.accuracies(row.epoch))}{at}" if row.judged and row.epoch else ""
         ax.set_title(f"{row.label}{runs}:\n{verdict(row)}\n{alike}")
         ax.set(xscale="log", xlabel="epoch")
         _epoch_ticks(ax, 400 if row.judged else max(row.shared, default=10))
