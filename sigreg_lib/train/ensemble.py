@@ -23,6 +23,7 @@ from sigreg_lib.attach import attach
 from sigreg_lib.data import ImageData, load
 from sigreg_lib.losses import combine
 from sigreg_lib.models import MLP
+from sigreg_lib.pooling import at_least_float32
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train import run
@@ -117,7 +118,7 @@ class Ensemble:
             for name, parameter in member.model.named_parameters():
                 parameter.data = self.parameters[name].detach()[i]
         self.handle = attach(
-            self.model, self.recipe.taps, None, on=self.recipe.tap_on, pool=_at_least_float32
+            self.model, self.recipe.taps, None, on=self.recipe.tap_on, pool=lambda z: z
         )
         self.optimizer = build_optimizer(
             self.recipe, list(self.parameters.values()), on_device=capture is not None
@@ -140,7 +141,7 @@ class Ensemble:
         x = (images.float() - self.first.mean) / self.first.std
         reduced = recipe.precision == "bfloat16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=reduced):
-            logits = _at_least_float32(self.model(x))
+            logits = at_least_float32(self.model(x))
         features = [self.handle.features[name] for name in self.handle.names]
         self.handle.clear()
         each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
@@ -239,10 +240,6 @@ class Ensemble:
 
 def _stacked(modules: Sequence[nn.Module], name: str) -> nn.Parameter:
     return nn.Parameter(torch.stack([getattr(module, name).detach() for module in modules]))
-
-
-def _at_least_float32(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def train_seeds(
