@@ -1,4 +1,4 @@
-"""Parts of the vision transformer: block, attention, rotary embedding, drop path, norms."""
+"""Parts of the networks: block, attention, rotary embedding, drop path, dropout, norms."""
 
 from __future__ import annotations
 
@@ -130,9 +130,10 @@ class DropPath(nn.Module):
         """Draw for `n` samples; an n above all earlier ones allocates a new buffer."""
         if self.rate == 0:
             return
+        shape = n, *self.factors.shape[1:]
         if n > len(self.factors):
-            self.factors = self.factors.new_empty(n)
-        kept = torch.rand(n, generator=generator, device=generator.device) >= self.rate
+            self.factors = self.factors.new_empty(shape)
+        kept = torch.rand(shape, generator=generator, device=generator.device) >= self.rate
         factors = kept.to(self.factors.dtype) / (1 - self.rate)
         self.factors[:n].copy_(factors, non_blocking=True)
         self.drawn = n
@@ -143,15 +144,30 @@ class DropPath(nn.Module):
         n = x.shape[0]
         if n > self.drawn:
             raise RuntimeError(
-                f"drop path was drawn for {self.drawn} samples, the batch has {n}: call "
-                "redraw_drop_path(model, n, generator) before each training step"
+                f"{type(self).__name__} was drawn for {self.drawn} samples, the batch has {n}: "
+                "call redraw_drops(model, n, generator) before each training step"
             )
         # In the buffer's float32: bfloat16 would round 1 / (1 - rate) in the third digit.
-        return x * self.factors[:n].view(n, *[1] * (x.dim() - 1))
+        factors = self.factors[:n]
+        return x * factors.view(*factors.shape, *[1] * (x.dim() - factors.dim()))
 
 
-def redraw_drop_path(model: nn.Module, n: int, generator: torch.Generator) -> None:
-    """Draw all drop paths of a model for a batch of up to n samples; call before each step.
+class Dropout(DropPath):
+    """Dropout of (N, width): an entry is 0 with probability `rate`, else x / (1 - rate).
+
+    `torch.nn.Dropout` draws from the global random state; this one's factors, of shape
+    (n, width), are redrawn as those of `DropPath`.
+
+    Source: Srivastava et al., Journal of Machine Learning Research 15, 2014.
+    """
+
+    def __init__(self, rate: float, width: int) -> None:
+        super().__init__(rate)
+        self.factors = torch.empty(0, width)
+
+
+def redraw_drops(model: nn.Module, n: int, generator: torch.Generator) -> None:
+    """Draw all drop paths and dropouts of a model for up to n samples; call before each step.
 
     A CPU generator gives the same draw on every device. Where no rate is above 0 it is not used.
     """

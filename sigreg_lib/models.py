@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from sigreg_lib._blocks import (
     NORM_LAYERS,
     Block,
+    Dropout,
     DropPath,
     Rotary,
     make_norm,
-    redraw_drop_path,
+    redraw_drops,
     start_orthogonal,
 )
 from sigreg_lib._names import nearest
 
-__all__ = ["MLP", "DropPath", "Rotary", "VisionTransformer", "build_model", "redraw_drop_path"]
+__all__ = [
+    "MLP", "DropPath", "Dropout", "Rotary", "VisionTransformer", "build_model", "redraw_drops",
+]  # fmt: skip
 
 NORMS = tuple(NORM_LAYERS)
 ROTARY = ("published", "axial", "none")
@@ -41,8 +44,9 @@ class MLP(nn.Module):
     .. math:: z_i = W_i h_{i-1} + b_i, \quad h_i = \mathrm{ReLU}(\nu(z_i)), \quad
               \text{logits} = W h_L + b
 
-    `layers.i` outputs z_i, the pre-activation; `norms.i`, the norm nu, follows it. With `residual`,
-    h_i = h_{i-1} + ReLU(nu(z_i)) in all hidden layers but the first, whose shapes do not agree.
+    `layers.i` outputs z_i, the pre-activation; `norms.i`, the norm nu, follows it, and `drops.i`
+    the activation. With `residual`, h_i = h_{i-1} + ReLU(nu(z_i)) in all hidden layers but the
+    first, whose shapes do not agree.
     Weights and biases start from PyTorch's default law, U(-1, 1) / sqrt(fan_in).
 
     Args:
@@ -53,9 +57,12 @@ class MLP(nn.Module):
         residual: add a hidden layer's input to its output.
         norm: "none", "layer" (LayerNorm), "batch" (BatchNorm) or "iterative" (IterNorm: whitening
             in groups of at most 64 channels).
+        dropout: `Dropout` rate of every hidden activation; above 0, training needs `redraw_drops`
+            before each step.
 
     Raises:
-        TypeError, ValueError: a size that is no positive int, or an unknown norm.
+        TypeError, ValueError: a size that is no positive int, an unknown norm, or a dropout outside
+            [0, 1).
     """
 
     def __init__(
@@ -67,23 +74,28 @@ class MLP(nn.Module):
         depth: int = 5,
         residual: bool = False,
         norm: str = "none",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.image_shape = _check_shape(image_shape)
         _check_counts(n_classes=n_classes, width=width, depth=depth)
         _check_name("norm", norm, NORMS)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}: expected in [0, 1)")
         self.residual = residual
         sizes = itertools.pairwise([math.prod(self.image_shape)] + [width] * depth)
         self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in sizes)
         self.norms = nn.ModuleList(make_norm(norm, width) for _ in range(depth))
+        self.drops = nn.ModuleList(Dropout(dropout, width) for _ in range(depth))
         self.head = nn.Linear(width, n_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, n_classes) of float images (N, channels, height, width)."""
         _check_images(images, self.image_shape)
         h = images.flatten(1)
-        for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            out = F.relu(norm(layer(h)))
+        parts = zip(self.layers, self.norms, self.drops, strict=True)
+        for i, (layer, norm, drop) in enumerate(parts):
+            out = drop(F.relu(norm(layer(h))))
             h = h + out if self.residual and i > 0 else out
         return self.head(h)
 
@@ -117,7 +129,7 @@ class VisionTransformer(nn.Module):
         position_embedding: add a learned vector to each token, the class token included.
         qkv_bias: biases for queries, keys and values; every other map has one.
         drop_path: `DropPath` rate of the last block, rising linearly from 0 in the first; above 0,
-            training needs `redraw_drop_path` before each step.
+            training needs `redraw_drops` before each step.
         init: how the linear maps of blocks and head start. "truncated_normal": weights of std
             0.02, biases zero. "xavier": Xavier uniform weights (q, k and v as one matrix), biases
             zero. "default": PyTorch's. "expert": as "xavier" in the head, PyTorch's elsewhere.

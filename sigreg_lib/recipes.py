@@ -54,6 +54,8 @@ class Recipe:
     resample: bool = True
     strong_grid: Literal["paper", "lejepa"] = "paper"
 
+    dropout: float = 0.0  # (mlp) of every hidden activation
+
     # (vit)
     patch: int = 4
     heads: int = 8
@@ -95,6 +97,8 @@ class Recipe:
             raise ValueError("taps is empty: name at least one layer")
         if self.model == "vit" and self.pool in ("class_token", "patches") and not self.class_token:
             raise ValueError(f"pool={self.pool!r} is for networks with class_token=true")
+        if self.dropout and self.model != "mlp":
+            raise ValueError(f"dropout={self.dropout!r} is for the mlp")
         for name in ("width", "depth", "sketch_dim", "patch", "heads", "batch_size", "epochs"):
             value = getattr(self, name)
             if min(value, default=0) < 1 if isinstance(value, tuple) else value < 1:
@@ -151,7 +155,7 @@ class Recipe:
         shared = ("width", "depth", "residual", "norm")
         vit = ("patch", "heads", "mlp_ratio", "rotary", "class_token", "position_embedding")
         vit += ("qkv_bias", "drop_path", "init")
-        names = shared + (vit if self.model == "vit" else ())
+        names = shared + (vit if self.model == "vit" else ("dropout",))
         return {name: getattr(self, name) for name in names}
 
     def policy(self, size: int) -> Policy:

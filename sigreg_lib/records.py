@@ -17,6 +17,7 @@ HISTORY = (
     "epoch", "train_loss", "train_accuracy", "regularizer", "regularizer_floor", "test_loss",
     "test_accuracy", "effective_dim", "grad_norm", "seconds",
 )  # fmt: skip
+LATER_SETTINGS = {"dropout": 0.0}  # younger than some records, and what those runs had
 STATUSES = ("partial", "finished", "diverged")
 
 
@@ -126,6 +127,10 @@ class Record:
         if schema != SCHEMA:
             raise ValueError(f"not a run record: schema {schema!r}, expected {SCHEMA}")
         stated = content.pop("last"), content.pop("best_test")
+        if isinstance(content.get("config"), dict):
+            content["config"] |= {
+                k: v for k, v in LATER_SETTINGS.items() if k not in content["config"]
+            }
         try:
             record = cls(**content)
         except TypeError as error:

@@ -1,4 +1,4 @@
-"""Properties of the transformer's parts: rotary embedding, attention, drop path."""
+"""Properties of the networks' parts: rotary embedding, attention, drop path, dropout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
 from sigreg_lib._blocks import Attention, _attend
-from sigreg_lib.models import DropPath, Rotary, VisionTransformer, build_model, redraw_drop_path
+from sigreg_lib.models import (
+    MLP,
+    Dropout,
+    DropPath,
+    Rotary,
+    VisionTransformer,
+    build_model,
+    redraw_drops,
+)
 
 IMAGE = (3, 8, 12)  # 2 x 3 patches
 
@@ -185,9 +193,45 @@ def test_drop_path_draw_follows_from_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_dropout_keeps_or_drops_each_entry_by_itself():
+    drop = Dropout(0.2, 50)
+    drop.redraw(400, seeded(34))
+    x = randn(400, 50, seed=33)
+    dropped = (out := drop(x)) == 0
+    torch.testing.assert_close(out[~dropped], x[~dropped] / 0.8)
+    # binomial: standard deviation sqrt(0.2 * 0.8 / 20000) = 0.0028
+    assert dropped.float().mean().item() == pytest.approx(0.2, abs=4 * 0.0028)
+    # independent entries: a row's share varies as a binomial of 50, a column's as one of 400
+    for axis, n in ((1, 50), (0, 400)):
+        spread = dropped.float().mean(axis).std().item()
+        assert spread == pytest.approx(math.sqrt(0.16 / n), rel=0.4)
+
+
+def test_dropout_of_the_mlp_is_in_its_hidden_activations_and_in_training_alone():
+    model = build_model("mlp", IMAGE, 5, seed=0, width=16, depth=2, dropout=0.5)
+    plain = build_model("mlp", IMAGE, 5, seed=0, width=16, depth=2)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    images = randn(9, *IMAGE, seed=51)
+    with pytest.raises(RuntimeError, match="Dropout was drawn for 0 samples, the batch has 9"):
+        model(images)
+    redraw_drops(model, 9, seeded(52))
+    h = images.flatten(1)
+    for layer, drop in zip(model.layers, model.drops, strict=True):
+        h = F.relu(layer(h)) * drop.factors
+    torch.testing.assert_close(model(images), model.head(h))
+    assert not torch.equal(model.drops[0].factors, model.drops[1].factors)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, math.nan])
+def test_a_dropout_rate_that_is_none_is_refused(rate):
+    with pytest.raises(ValueError, match=r"dropout=.*expected in"):
+        MLP(IMAGE, 5, width=16, depth=2, dropout=rate)
+
+
 def test_branches_of_one_model_are_drawn_independently():
     model = tiny_vit(drop_path=0.5, depth=3)
-    redraw_drop_path(model, 400, seeded(38))
+    redraw_drops(model, 400, seeded(38))
     rows = [f for b in model.blocks[1:] for f in (b.drop1.factors, b.drop2.factors)]
     dropped = torch.stack(rows) == 0
     rates = dropped.float().mean(1)
@@ -199,13 +243,13 @@ def test_branches_of_one_model_are_drawn_independently():
 
 def test_redraw_does_not_touch_a_generator_without_need():
     generator = seeded(39)
-    redraw_drop_path(tiny_vit(), 8, generator)
+    redraw_drops(tiny_vit(), 8, generator)
     assert torch.equal(generator.get_state(), seeded(39).get_state())
 
 
 def test_a_draw_for_no_sample_is_refused():
     with pytest.raises(ValueError, match="n=0: expected at least 1"):
-        redraw_drop_path(tiny_vit(drop_path=0.1), 0, seeded(0))
+        redraw_drops(tiny_vit(drop_path=0.1), 0, seeded(0))
 
 
 def test_redraw_is_in_place_and_a_smaller_batch_uses_the_first_rows():
@@ -223,9 +267,9 @@ def test_training_on_more_samples_than_were_drawn_is_refused():
     images = randn(8, *IMAGE, seed=42)
     with pytest.raises(RuntimeError, match=r"for 0 samples, the batch has 8.*redraw_drop"):
         model(images)
-    redraw_drop_path(model, 8, seeded(43))
+    redraw_drops(model, 8, seeded(43))
     model(images)
-    redraw_drop_path(model, 5, seeded(43))
+    redraw_drops(model, 5, seeded(43))
     with pytest.raises(RuntimeError, match="drawn for 5 samples"):
         model(images)
     model.eval()(images)
@@ -239,7 +283,7 @@ def test_a_compiled_model_sees_each_new_draw_without_compiling_again():
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     outputs = []
     for seed in range(45, 49):
-        redraw_drop_path(model, 16, seeded(seed))
+        redraw_drops(model, 16, seeded(seed))
         outputs.append(compiled(images))
         torch.testing.assert_close(outputs[-1], model(images))
     assert counter.frame_count == 1

@@ -182,6 +182,7 @@ def test_a_run_is_not_begun_in_one_way_and_continued_in_the_other(tmp_path):
         ("mlp-bn/weak", {}, "norm='batch': its running statistics"),
         ("mlp/weak", {"norm": "iterative"}, "norm='iterative': its running statistics"),
         ("mlp/weak", {"mixup_alpha": 0.8}, "MixUp and CutMix"),
+        ("mlp/weak", {"dropout": 0.1}, "dropout is not drawn for each seed"),
         ("mlp/weak", {"sketch_dim": [8, 8, 16, 16, 64]}, "one K a layer"),
     ],
 )

@@ -141,6 +141,12 @@ def test_several_patterns_are_taps_too_and_none_is_refused():
         recipe.override(taps=[0, 8])
 
 
+def test_dropout_is_a_setting_of_the_mlp():
+    assert RECIPES["mlp/none"].override(dropout=0.2).model_options()["dropout"] == 0.2
+    with pytest.raises(ValueError, match=r"dropout=0\.2 is for the mlp"):
+        RECIPES["vit/none"].override(dropout=0.2)
+
+
 @pytest.mark.parametrize("pool", ["class_token", "patches"])
 def test_a_pool_that_treats_the_class_token_apart_needs_one(pool):
     assert RECIPES["expert/weak"].override(pool=pool).pool == pool

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -5,7 +6,8 @@ import os
 import pytest
 
 from sigreg_lib import records
-from sigreg_lib.records import HISTORY, Record, run_name
+from sigreg_lib.recipes import Recipe
+from sigreg_lib.records import HISTORY, LATER_SETTINGS, Record, run_name
 
 
 def made(epochs=3, planned=400, **changes) -> Record:
@@ -13,8 +15,9 @@ def made(epochs=3, planned=400, **changes) -> Record:
     history["epoch"] = list(range(1, epochs + 1))
     history["test_accuracy"] = [10.0, 30.0, 20.0][:epochs]
     fields = dict(
-        recipe="vit/weak", overrides={}, config={"lam": 0.1, "rand_augment": [2, 9]}, seed=0,
-        dataset="cifar100", epochs_planned=planned, history=history,
+        recipe="vit/weak", overrides={}, seed=0,
+        config={"lam": 0.1, "rand_augment": [2, 9], "dropout": 0.1}, dataset="cifar100",
+        epochs_planned=planned, history=history,
         status="finished" if epochs >= planned else "partial",
     )  # fmt: skip
     return Record(**(fields | changes))
@@ -28,6 +31,14 @@ def test_a_record_reads_back_as_written(tmp_path):
     assert again.last["test_accuracy"] == 20.0 and again.last["epoch"] == 3
     assert again.best_test == {"epoch": 2, "test_accuracy": 30.0}
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["r.json"]  # no temporary file is left
+
+
+def test_a_record_older_than_a_setting_has_the_value_that_its_run_had():
+    older = made(config={"lam": 0.1})
+    assert Record.from_json(older.to_json()).config == {"lam": 0.1, "dropout": 0.0}
+    # what a record without the setting is taken for must be the setting's own default
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    assert {k: defaults[k] for k in LATER_SETTINGS} == LATER_SETTINGS
 
 
 def test_the_best_epoch_is_the_first_of_equals():

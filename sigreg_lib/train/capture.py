@@ -2,12 +2,13 @@
 
 What a step reads lies in buffers that stay in place: augmented images (uint8), labels, the mixing
 of the batch (partner, weight of each pixel, share of the label: MixUp and CutMix are one code
-path), sketches or directions, drop path factors (the model's own buffers), and the learning rate,
-a tensor of the optimizer. The graph holds everything from normalization to the optimizer's update;
-a compiled forward and backward pass is recorded as any other. Outside of it, launched before each
-replay and never waited for: the draws, and augmentation. RandAugment groups the images of many
-steps by operation, so its shapes change from call to call; in groups of thousands of images it
-costs few launches a step. A short last batch has other shapes and runs without the graph.
+path), sketches or directions, factors of drop path and dropout (the model's own buffers), and the
+learning rate, a tensor of the optimizer. The graph holds everything from normalization to the
+optimizer's update; a compiled forward and backward pass is recorded as any other. Outside of it,
+launched before each replay and never waited for: the draws, and augmentation. RandAugment groups
+the images of many steps by operation, so its shapes change from call to call; in groups of
+thousands of images it costs few launches a step. A short last batch has other shapes and runs
+without the graph.
 
 Nothing here is specific to the loop: :class:`CapturedStep` takes any function of tensors.
 """

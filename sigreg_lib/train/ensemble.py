@@ -40,6 +40,7 @@ def check_batched(recipe: Recipe, compile: bool | None = None) -> None:
             recipe.norm not in ("none", "layer")
         ),
         "MixUp and CutMix are not drawn for each seed": recipe.mixup_alpha + recipe.cutmix_alpha,
+        "dropout is not drawn for each seed": recipe.dropout,
         "sketch_dim: one K a layer is for separate runs": recipe.columns,
         "lam='auto' is sought in each run by itself": recipe.lam == "auto",
         "compile=True: batched steps are not compiled": compile,

@@ -20,7 +20,7 @@ from sigreg_lib.attach import Handle, attach
 from sigreg_lib.augment import Mix, augment, concatenate, draw, draw_mix, mix
 from sigreg_lib.data import ImageData
 from sigreg_lib.losses import combine, strong_values, weak_values
-from sigreg_lib.models import build_model, redraw_drop_path
+from sigreg_lib.models import build_model, redraw_drops
 from sigreg_lib.recipes import RECIPES, Recipe
 from sigreg_lib.sketch import directions, gaussian
 from sigreg_lib.train.balance import Balance
@@ -40,7 +40,7 @@ class Trainer:
     Args:
         recipe: all settings.
         data: images and labels, already on the device to train on.
-        seed: of weights, order, augmentation, sketches and drop path.
+        seed: of weights, order, augmentation, sketches, drop path and dropout.
         compile: compile the objective and the evaluation with ``torch.compile``.
         capture: record whole steps with this graph (``CudaGraph``) and replay them.
     """
@@ -73,7 +73,7 @@ class Trainer:
         self.mean = 255 * torch.tensor(mean, device=self.device).view(-1, 1, 1)
         self.std = 255 * torch.tensor(std, device=self.device).view(-1, 1, 1)
 
-        self.generator = torch.Generator(self.device)  # sketches and drop path
+        self.generator = torch.Generator(self.device)  # sketches, drop path and dropout
         self.regularizer = recipe.build_regularizer(
             self.generator if recipe.resample else None, seed=seed
         )
@@ -198,9 +198,9 @@ class Trainer:
         return stats, self._apply()
 
     def _draw(self, n: int, epoch: int, step: int) -> tuple[Mix | None, dict[int, Tensor | None]]:
-        """Mixing and random matrices of a step of n images; drop path is drawn into the model."""
+        """Mixing and random matrices of a step of n images; drops are drawn into the model."""
         m = draw_mix(self.policy, n, self.data.size, seed=self.seed, epoch=epoch, step=step)
-        redraw_drop_path(self.model, n, self.generator)
+        redraw_drops(self.model, n, self.generator)
         matrices = {}
         if self.regularizer is not None:  # drawn here: a compiled step holds no generator
             matrices = {c: self.regularizer.matrix(z) for c, z in self.like.items()}
