@@ -283,6 +283,30 @@ def test_a_single_run_has_no_interval_and_says_so():
     assert report.format_mean([72.02]) == "72.0 (n = 1)"
 
 
+def test_holm_steps_down_and_agrees_with_the_interval_for_one_difference():
+    # n = 2: t has one degree of freedom, a Cauchy variable, p = 1 - 2 atan(t) / pi
+    def pair(p):
+        mean = math.tan(math.pi * (1 - p) / 2)  # over a standard error of 1
+        return [mean - 1, mean + 1]
+
+    p = {"c": 0.03, "a": 0.01, "d": 0.04, "b": 0.013}
+    found = report.holm({name: pair(value) for name, value in p.items()})
+    # in order: 4 x 0.01, 3 x 0.013 (below the one before: raised to it), 2 x 0.03, 1 x 0.04
+    assert list(found) == list(p)
+    assert found == pytest.approx({"c": 0.06, "a": 0.04, "d": 0.06, "b": 0.04}, rel=1e-9)
+    values = [1.0, 2.0, 4.0, 3.5, 0.3]
+    mean, _, _ = report.mean_interval(values)
+    alone = report.holm({"x": values})["x"]
+    assert report.mean_interval(values, 1 - alone)[1] == pytest.approx(mean)
+
+
+def test_holm_of_constants_and_of_single_runs():
+    assert report.holm({"none": [0.0, 0.0], "all": [2.0, 2.0]}) == {"none": 1.0, "all": 0.0}
+    assert report.holm({}) == {}
+    with pytest.raises(ValueError, match="'x' has one value"):
+        report.holm({"x": [1.0]})
+
+
 def test_format_has_mean_interval_and_n():
     # half width 12.706 * sqrt(0.02) / sqrt(2) = 1.2706
     assert report.format_mean([97.4, 97.6]) == "97.5 ± 1.3 (n = 2)"
