@@ -48,7 +48,7 @@ def sample(
       odd number is the first half of a pair.
     - ``"clusters"``: the first channel is :math:`\pm m + \sqrt{1 - m^2}\,g`, m = 0.95, either sign
       with probability 1/2; excess kurtosis -2 m^4. Covariance I allows no larger distance of two
-      clusters than 2, and that in one direction only.
+      clusters of equal weight than 2, and that in one direction only.
     - ``"heavy_tails"``: channels independent, Student t of 5 degrees of freedom, scaled by
       :math:`\sqrt{3/5}`; excess kurtosis 6, moments of order 5 and above infinite.
     - ``"heavy_radius"``: a Gaussian vector times one random scale,

@@ -28,8 +28,9 @@ class Recipe:
     Fields marked (vit) do nothing for the MLP. Lengths are in pixels of a 32-pixel image, rates
     per step, ``epochs`` is the length of the learning-rate schedule. ``mode`` is the published loss
     (``paper``), ours (``corrected``), or for Weak one part of ours alone: the norm's square, an
-    orthonormal sketch, the unbiased estimate of the square. A square's gradient is 2R times that of
-    the norm: divide ``lam`` by 2R to compare. ``log_scale`` is Weak with the scale in logarithms,
+    orthonormal sketch, the unbiased estimate of the square. The square's gradient is 2R times that
+    of the norm, that of its unbiased estimate about as large near collapse alone: divide ``lam`` by
+    2R to begin with. ``log_scale`` is Weak with the scale in logarithms,
     :func:`~sigreg_lib.losses.log_weak_sigreg`.
     """
 

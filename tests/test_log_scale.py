@@ -91,6 +91,21 @@ def test_at_exact_collapse_value_and_gradient_are_finite_and_the_gradient_zero(z
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("n", [37, 128])
+@pytest.mark.parametrize("columns", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_that_coincide_anywhere_are_a_collapse(n, columns, dtype):
+    # their mean, summed and divided, is another number than theirs by a rounding
+    z = normal(1, 64, seed=8).to(dtype).repeat(n, 1)
+    sketch = None if columns is None else normal(64, columns, seed=9).to(dtype)
+    value, gradient = value_and_gradient(lambda z: log_weak_sigreg(z, sketch), z)
+    k = columns or 64
+    # shape: |0 - I|; scale: sqrt(K) times the logarithm of the smallest normal number, cubed
+    scale = math.sqrt(k) * 3 * math.log(torch.finfo(dtype).tiny)
+    assert value.item() == pytest.approx(math.hypot(math.sqrt(k), scale))
+    assert not gradient.any()
+
+
 def test_a_scale_whose_square_float32_cannot_hold_still_has_a_gradient():
     z = 1e-30 * normal(16, 4, seed=6)
     value, gradient = value_and_gradient(log_weak_sigreg, z)

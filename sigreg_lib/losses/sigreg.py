@@ -45,7 +45,8 @@ def weak_sigreg(
 
     Returns:
         scalar, dimensionless, averaged over the leading dimensions. The gradient is finite
-        everywhere: zero at Z = 0 (by symmetry) and where the covariance is exactly I.
+        everywhere: zero at Z = 0 (by symmetry) and where the covariance is exactly I (but for
+        ``unbiased``, whose mean has its minimum there, not each batch's value).
 
     Raises:
         TypeError: z is not a floating-point tensor.
@@ -165,15 +166,16 @@ def weak_floor(
     squared: bool = False,
     unbiased: bool = False,
 ) -> float:
-    r"""Expected Weak-SIGReg of a perfectly whitened Gaussian batch, Z ~ N(0, I_C).
+    r"""Expected Weak-SIGReg at the goal, a batch drawn from Z ~ N(0, I_C).
 
-    With a Gaussian sketch the expected square is
+    No lower bound: features of less variance cost less on average
+    (:func:`~sigreg_lib.finite_batch.best_scale`). With a Gaussian sketch the expected square is
 
     .. math:: v = K(K+1)\Bigl(\frac1C + \frac1{N-1}\Bigr) + \frac{K(K+3)}{C(N-1)},
 
     with an orthonormal one, or none, K(K+1)/(N-1). The unsquared floor is its root (the mean of
-    the norm lies slightly below, by Jensen's inequality: 0.02% at N = 128, C = 256, K = 64; 1% at
-    N = 16, C = 40, K = 24).
+    the norm lies below, by Jensen's inequality: 0.02% at N = 128, C = 256, K = 64; 1% at N = 16,
+    C = 40, K = 24; more at small K, 3% at N = C = 128, K = 4 and 20% there at K = 1).
 
     Args:
         n_samples: N, at least 2.
@@ -260,8 +262,9 @@ class WeakSIGReg(nn.Module):
     def corrected(cls, sketch_dim: int = 64, **options) -> WeakSIGReg:
         """Mode ``corrected``: orthonormal sketch, unbiased estimate of the squared norm.
 
-        On the scale of a square: collapse costs K, the goal 0, and the gradient is 2R times that of
-        the norm R, so that a lam of 0.1 becomes about 0.007 at R = 7.
+        On the scale of a square: collapse costs K, the goal 0. The gradient of R squared is 2R
+        times that of R, and near collapse, where the bias is small, the corrected loss's is about
+        as large: a lam of 0.1 becomes about 0.007 at R = 7, as a start for tuning.
         """
         return cls(sketch_dim, sketch="orthonormal", squared=True, unbiased=True, **options)
 
@@ -280,7 +283,7 @@ class WeakSIGReg(nn.Module):
         )
 
     def floor(self, n_samples: int, n_channels: int, sketch_dim: int | None = None) -> float:
-        """Expected value for a whitened Gaussian batch; see :func:`weak_floor`.
+        """Expected value at the goal, a batch from N(0, I); see :func:`weak_floor`.
 
         ``sketch_dim``: K if it differs from the module's.
         """
