@@ -11,14 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from sigreg_lib._dtype import at_least_float32
 from sigreg_lib._names import nearest
-from sigreg_lib.pooling import (
-    POOLS,
-    Layout,
-    at_least_float32,
-    pool_features,
-    refuse_batch_second,
-)
+from sigreg_lib.pooling import POOLS, Layout, pool_features, refuse_batch_second
 
 
 def attach(

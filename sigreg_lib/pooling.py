@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from sigreg_lib._dtype import at_least_float32
 
 POOLS = ("mean", "class_token", "patches", "tokens")
 _LAST = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding}  # channels of their values
@@ -52,11 +53,6 @@ def pool_features(value: Tensor, pool: str, channels: str | None = None) -> Tens
             raise ValueError("pool 'patches' leaves out the class token, and there is no other")
         return value[:, 1:].mean(1)
     return value[:, 0] if pool == "class_token" else value.flatten(0, 1)
-
-
-def at_least_float32(value: Tensor) -> Tensor:
-    """float32; float64 stays float64."""
-    return value if value.dtype == torch.float64 else value.float()
 
 
 class Layout(NamedTuple):

@@ -26,11 +26,6 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
-def statistics_dtype(z: Tensor) -> Tensor:
-    """float32, or float64 where z is."""
-    return z if z.dtype == torch.float64 else z.float()
-
-
 def _is_transformed(*tensors: Tensor) -> bool:
     """Under torch.func, whose transforms these autograd functions do not serve."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sigreg_lib.losses._kernels import statistics_dtype
+from sigreg_lib._dtype import at_least_float32
 from sigreg_lib.losses.sigreg import _check_samples
 from sigreg_lib.losses.whitening import _centred, _check_eps, _covariance, batch_normalize
 
@@ -85,7 +85,7 @@ def invariance_term(a: Tensor, b: Tensor) -> Tensor:
     """
     _check_views(a, b, at_least=1)
     with torch.autocast(a.device.type, enabled=False):
-        distance = statistics_dtype(a) - statistics_dtype(b)
+        distance = at_least_float32(a) - at_least_float32(b)
         return distance.square().sum(-1).mean()
 
 

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sigreg_lib._dtype import at_least_float32
 from sigreg_lib.losses import _kernels
 from sigreg_lib.sketch import MatrixSource
 
@@ -72,7 +73,7 @@ def weak_values(
     _check_samples(z, at_least=4 if unbiased else 2)
     _check_matrix(z, sketch, "sketch")
     with _kernels.without_autocast(z.device.type):
-        z = _kernels.statistics_dtype(z)
+        z = at_least_float32(z)
         sketch = None if sketch is None else sketch.to(z)
         return _kernels.covariance_deviation(z, sketch, squared, unbiased, gather_distributed)
 
@@ -129,7 +130,7 @@ def strong_values(
     _check_matrix(z, directions, "directions")
     _check_grid(t_max, n_points)
     with _kernels.without_autocast(z.device.type):
-        z = _kernels.statistics_dtype(z)
+        z = at_least_float32(z)
         return _kernels.characteristic_deviation(
             z, directions.to(z), t_max, n_points // 2, unbiased, gather_distributed
         )

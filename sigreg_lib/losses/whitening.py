@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from sigreg_lib._dtype import at_least_float32
 from sigreg_lib._names import nearest
 from sigreg_lib._newton import newton_inverse_root
-from sigreg_lib.losses._kernels import statistics_dtype
 from sigreg_lib.losses.sigreg import _check_samples
 
 WHITENINGS = ("zca", "pca")
@@ -192,7 +192,7 @@ class _InverseRoot(torch.autograd.Function):
 def _centred(z: Tensor) -> Tensor:
     # From the first sample before the mean: samples that coincide become exactly zero. The first
     # step is a constant shift, which centring takes back, so no gradient goes through it.
-    z = statistics_dtype(z)
+    z = at_least_float32(z)
     z = z - z[..., :1, :].detach()
     return z - z.mean(-2, keepdim=True)
 

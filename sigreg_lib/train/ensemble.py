@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sigreg_lib._dtype import at_least_float32
 from sigreg_lib.attach import attach
 from sigreg_lib.data import ImageData, load
 from sigreg_lib.losses import combine
 from sigreg_lib.models import MLP
-from sigreg_lib.pooling import at_least_float32
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train import run

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sigreg_lib import diagnostics, records
+from sigreg_lib._dtype import at_least_float32
 from sigreg_lib.attach import Handle, attach
 from sigreg_lib.augment import Mix, augment, concatenate, draw, draw_mix, mix
 from sigreg_lib.data import ImageData
@@ -115,7 +116,7 @@ class Trainer:
         reduced = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=reduced):
             logits = self.model(x)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return at_least_float32(logits)
 
     def _parts(
         self, images: Tensor, labels: Tensor, m: Mix | None, matrices: dict[int, Tensor | None]
