@@ -227,7 +227,7 @@ class WeakSIGReg(nn.Module):
         sketch_dim: K, default 64; representations with C <= K channels are not sketched.
         sketch: ``"gaussian"`` (default, as published) or ``"orthonormal"``.
         resample: draw S anew at every call (default, released settings) or once for each C
-            (the paper's text).
+            (the paper's text: a network can then keep its variance where S does not look).
         squared, unbiased: see :func:`weak_sigreg`.
         generator: source of the draws; default a private one seeded from ``seed``, so that all
             processes of a distributed run draw the same S.
