@@ -55,7 +55,9 @@ def attach(
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.
 
-    A model with taps cannot be pickled whole: save its ``state_dict``, or remove them first.
+    A model with taps cannot be pickled whole: save its ``state_dict``, or remove them first. Set
+    taps before the first call of a compiled model of the same class: compiled code that is there
+    already does not run them.
 
     Raises:
         TypeError: a regularizer that cannot be called, or a class instead of an instance.
@@ -109,7 +111,8 @@ class Handle:
         self.always, self.in_training = False, True
         self.features: dict[str, Tensor] = {}
         """Pooled representations of the last forward pass by layer name, (N, C) each."""
-        self._recorded: dict[str, tuple[Tensor, int]] = {}  # with their version, by eager code
+        # by eager code: the value, its version, and whether gradients were on
+        self._recorded: dict[str, tuple[Tensor, int, bool]] = {}
         self._hooks = [
             module.register_forward_hook(self._hook(name, module, on))
             for name, module in taps.items()
@@ -135,7 +138,7 @@ class Handle:
                     value = value[0]
                 z = self.features[name] = self._pooled(name, layout, value)
                 if not torch.compiler.is_compiling() and not z.is_inference():
-                    self._recorded[name] = z, z._version
+                    self._recorded[name] = z, z._version, torch.is_grad_enabled()
 
         return record
 
@@ -176,7 +179,13 @@ class Handle:
         taken = [self.features[name] for name in self.names]
         for name, z in zip(self.names, taken, strict=True):
             if not torch.compiler.is_compiling():
-                recorded, version = self._recorded.get(name, (None, 0))
+                recorded, version, with_gradients = self._recorded.get(name, (None, 0, True))
+                if recorded is z and torch.is_grad_enabled() and not with_gradients:
+                    raise RuntimeError(
+                        f"layer {name!r} ran without gradients, so that its R would have none: "
+                        "under no_grad, or under activation checkpointing with use_reentrant=True "
+                        "(use_reentrant=False works)"
+                    )
                 if recorded is z and z._version != version:
                     raise RuntimeError(
                         f"layer {name!r}: its value was changed in place after it was recorded, by "
@@ -210,7 +219,8 @@ class Handle:
         """The weighted average of R over the tapped layers, scalar; 0 in eval mode.
 
         Raises:
-            RuntimeError: no forward pass in training mode since the taps were set or cleared.
+            RuntimeError: no forward pass in training mode since the taps were set or cleared, or
+                one without gradients where they are wanted now.
         """
         if not self.model.training and not self.always:
             tensors = itertools.chain(self.model.parameters(), self.model.buffers())

@@ -130,7 +130,8 @@ class MatrixSource:
         self.kind, self.n_columns, self.resample, self.seed = kind, n_columns, resample, seed
         self.generator = generator
         self._fixed: dict[int, Tensor] = {}
-        self._calls = torch.zeros((), dtype=torch.int64)  # of compiled draws, see _draw_matrix
+        # of compiled draws, see _draw_matrix; on the CPU even where modules are built on "meta"
+        self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
         self._register()
 
     def _register(self) -> None:

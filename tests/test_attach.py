@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 import torchvision
 from helpers import seeded
 from torch import Tensor, nn
@@ -215,6 +216,37 @@ def test_a_value_that_is_changed_in_place_is_not_regularized_in_silence():
     net[1].inplace = False
     net(x)
     torch.testing.assert_close(handle.losses()[0], weak_sigreg(net[0](x)))
+
+
+class Checkpointed(nn.Module):
+    """Two blocks of tokens under activation checkpointing."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(6, 9) for _ in range(2))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def test_a_loss_that_would_have_no_gradient_is_refused():
+    x = torch.randn(16, 5, 6, generator=seeded(31)).requires_grad_()
+    nets = {reentrant: Checkpointed(reentrant) for reentrant in (False, True)}
+    nets[True].load_state_dict(nets[False].state_dict())
+    handles = {r: attach(net, "blocks.*", WeakSIGReg(4, seed=1)) for r, net in nets.items()}
+    nets[True](x)
+    with pytest.raises(RuntimeError, match=r"'blocks\.0' ran without gradients.*use_reentrant=F"):
+        handles[True].loss()
+    nets[False](x)
+    loss = handles[False].loss()
+    gradients = torch.autograd.grad(loss, list(nets[False].blocks[0].parameters()))
+    assert all(g.abs().sum() > 0 for g in gradients)
+    with torch.no_grad():  # a value is all that is wanted
+        nets[False](x)
+        assert handles[False].loss() > 0
 
 
 def test_weights_and_columns_may_come_as_tensors_and_arrays():

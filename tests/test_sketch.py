@@ -217,6 +217,16 @@ TORCH_WARNS = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Depre
 
 
 @TORCH_WARNS
+def test_a_source_that_was_made_on_meta_draws_as_any_other():
+    with torch.device("meta"):
+        source = MatrixSource("gaussian", 3, resample=True, seed=5)
+    z = torch.zeros(4, 8)
+    compiled = torch.compile(lambda z: source(z) + 0, fullgraph=True, backend="aot_eager")
+    expected = MatrixSource("gaussian", 3, resample=True, seed=5)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(z), expected(z), rtol=0, atol=0)
+
+
 def test_the_compiler_takes_draws_in_the_order_of_the_code():
     source, eager = (MatrixSource("gaussian", 5, resample=True, seed=14) for _ in range(2))
     narrow, wide = torch.ones(12, 7), torch.ones(12, 10)

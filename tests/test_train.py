@@ -208,7 +208,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 def test_stopping_and_going_on_equals_one_run(tmp_path, name):
     """With all that is random switched on: sketches, drops, RandAugment, MixUp and CutMix."""
     small = SMALL | {"precision": "float32", "dropout": 0.2} if name.startswith("mlp") else TINY_VIT
-    recipe = RECIPES[name].override(**small | {"batch_size": 40})
+    recipe = RECIPES[name].override(**small | {"batch_size": 40, "sketch_dim": 8})
     data = striped()
     whole = train(recipe, data=data, **options(tmp_path / "a"))
     for epochs in range(1, recipe.epochs + 1):
