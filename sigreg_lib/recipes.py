@@ -93,7 +93,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), HINTS[field.name])
+            value, hint = getattr(self, field.name), HINTS[field.name]
+            _check_type(field.name, value, hint)
+            if type(value) is int and int not in _alternatives(hint):
+                object.__setattr__(self, field.name, float(value))  # 1 and 1.0 are one run
         if not self.taps:
             raise ValueError("taps is empty: name at least one layer")
         if self.model == "vit" and self.pool in ("class_token", "patches") and not self.class_token:

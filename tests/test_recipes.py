@@ -6,6 +6,7 @@ import torch
 
 from sigreg_lib.losses import SIGReg, VCReg, WeakSIGReg
 from sigreg_lib.recipes import RECIPES, find, parse_override
+from sigreg_lib.train import Run
 
 NINE = [
     f"{family}/{method}"
@@ -139,6 +140,13 @@ def test_several_patterns_are_taps_too_and_none_is_refused():
             recipe.override(taps=nothing)
     with pytest.raises(ValueError, match="taps must be str or tuple, not"):
         recipe.override(taps=[0, 8])
+
+
+def test_a_whole_number_is_the_same_setting_as_its_float():
+    one = RECIPES["mlp/weak"].override(lam=1, clip_norm=2)
+    assert [type(v) for v in (one.lam, one.clip_norm, one.sketch_dim)] == [float, float, int]
+    assert one.differences() == {"lam": 1.0, "clip_norm": 2.0}
+    assert Run("mlp/weak", 0, {"lam": 1}).name == Run("mlp/weak", 0, {"lam": 1.0}).name
 
 
 def test_dropout_is_a_setting_of_the_mlp():
