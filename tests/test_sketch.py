@@ -227,6 +227,7 @@ def test_a_source_that_was_made_on_meta_draws_as_any_other():
         torch.testing.assert_close(compiled(z), expected(z), rtol=0, atol=0)
 
 
+@TORCH_WARNS
 def test_the_compiler_takes_draws_in_the_order_of_the_code():
     source, eager = (MatrixSource("gaussian", 5, resample=True, seed=14) for _ in range(2))
     narrow, wide = torch.ones(12, 7), torch.ones(12, 10)
