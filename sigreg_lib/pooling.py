@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 from sigreg_lib._dtype import at_least_float32
 
 POOLS = ("mean", "class_token", "patches", "tokens")
-_LAST = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding}  # channels of their values
-_FIRST_3D = {nn.Conv1d, nn.ConvTranspose1d}
-_FIRST = _FIRST_3D | {nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm}
-_FIRST |= {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
-_FIRST |= {nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d}
+_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)  # channels of their values
+_FIRST_3D = (nn.Conv1d, nn.ConvTranspose1d)
+_FIRST = (*_FIRST_3D, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm)
+_FIRST += (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_FIRST += (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _TRANSFORMERS = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
 _TRANSFORMERS += (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -60,8 +61,8 @@ class Layout(NamedTuple):
 
     Attributes:
         fixed: where PyTorch fixes the channels of the layer's values, ``"first"`` or ``"last"``;
-            None: it does not. (Subclasses, such as a LayerNorm for feature maps, may have them
-            elsewhere.)
+            None: it does not. (A subclass with a ``forward`` of its own, such as a LayerNorm for
+            feature maps, may have them elsewhere.)
         doubtful: numbers of dimensions in which its channels may lie elsewhere than usual: a layer
             that has them elsewhere is part of it or, where it has no parts, stands beside it.
     """
@@ -73,13 +74,16 @@ class Layout(NamedTuple):
     def of(cls, model: nn.Module, name: str) -> Layout:
         """The layout of a submodule."""
         module = model.get_submodule(name)
-        fixed = "last" if type(module) in _LAST else "first" if type(module) in _FIRST else None
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) > 1:
+        fixed = "last" if _runs(module, _LAST) else "first" if _runs(module, _FIRST) else None
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             fixed = None
         if not list(module.children()):  # an activation, say: what is around it tells
             module = model.get_submodule(name.rpartition(".")[0])
-        inside = {type(inner) for inner in module.modules()}
-        return cls(fixed, tuple(n for n, kinds in ((3, _FIRST_3D), (4, _LAST)) if inside & kinds))
+        inside = list(module.modules())
+        unusual = ((3, _FIRST_3D), (4, _LAST))
+        return cls(
+            fixed, tuple(n for n, kinds in unusual if any(isinstance(m, kinds) for m in inside))
+        )
 
     def channels(self, value: Tensor, told: str) -> str | None:
         """``"first"`` or ``"last"``; None: as usual. ``told``: these two, or ``"auto"``.
@@ -95,6 +99,12 @@ class Layout(NamedTuple):
                 "layers in it, or beside it, of another layout: pass channels='first' or 'last'"
             )
         return None
+
+
+def _runs(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
+    """Whether it computes what one of these does (parametrized, lazy and quantizable ones do)."""
+    own = getattr(module, "cls_to_become", None) or type(module)  # the former of lazy modules
+    return any(issubclass(own, kind) and own.forward is kind.forward for kind in kinds)
 
 
 def refuse_batch_second(model: nn.Module, name: str) -> None:

@@ -89,6 +89,17 @@ class FirstNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class CausalConv1d(nn.Conv1d):
+    """A convolution that does not look ahead: its own forward, PyTorch's layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Named(nn.LayerNorm):
+    """A subclass that computes what its parent does."""
+
+
 LAYERS = [
     (nn.Linear(4, 5), (6, 3, 2, 4), "last"),
     (nn.LayerNorm(4), (6, 3, 2, 4), "last"),
@@ -130,6 +141,8 @@ ASKED = {
     "an activation beside it": (Swapped(nn.LayerNorm(5), nn.GELU()), "0.after.1", (6, 2, 4, 3),
                                 "last"),
     "a norm of several axes": (nn.LayerNorm((2, 4, 3)), "0", (6, 2, 4, 3), "first"),
+    "a norm with a forward of its own": (FirstNorm(2), "0", (6, 2, 4, 3), "first"),
+    "a Conv1d with a forward of its own": (CausalConv1d(2, 5, 2), "0", (6, 2, 4), "first"),
     "a stage of Conv1d": (nn.Sequential(nn.Conv1d(2, 5, 1), nn.ReLU()), "0", (6, 2, 4), "first"),
 }  # fmt: skip
 
@@ -148,10 +161,21 @@ def test_where_kinds_of_layers_leave_it_open_the_channels_are_asked_for(case):
     torch.testing.assert_close(told.features[name], value.mean(others))
 
 
-def test_a_subclass_of_a_norm_is_taken_as_any_layer_of_four_dimensions():
-    net, x = nn.Sequential(FirstNorm(2)), inputs(6, 2, 4, 3)
-    handle = attach(net, "0", None)
-    torch.testing.assert_close(net(x).mean((2, 3)), handle.features["0"])
+ALIKE = {
+    "parametrized": lambda: (
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 5, 1)), (6, 4, 3), "first"),
+    "lazy": lambda: (nn.LazyConv1d(5, 1), (6, 4, 3), "first"),
+    "lazy norm": lambda: (nn.LazyBatchNorm1d(), (6, 4, 3), "first"),
+    "subclass": lambda: (Named(4), (6, 3, 2, 4), "last"),
+    "out of attention": lambda: (nn.MultiheadAttention(4, 2).out_proj, (6, 3, 2, 4), "last"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", ["auto", "first", "last"])
+@pytest.mark.parametrize("case", ALIKE)
+def test_layers_that_compute_as_those_of_pytorch_keep_their_channels_too(case, told):
+    layer, shape, where = ALIKE[case]()
+    test_layers_of_pytorch_keep_their_channels_whatever_is_told(layer, shape, where, told)
 
 
 def test_the_input_of_a_head_is_asked_for_too():
