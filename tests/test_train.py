@@ -17,6 +17,7 @@ from sigreg_lib.data import ImageData, load
 from sigreg_lib.losses import weak_floor
 from sigreg_lib.recipes import RECIPES
 from sigreg_lib.train import Run, Trainer, run, sweep, train
+from sigreg_lib.train.processes import ProcessDied
 from sigreg_lib.train.sweep import summary
 
 SMALL = {"depth": 2, "width": 32, "epochs": 3}
@@ -458,6 +459,19 @@ def test_a_sweep_goes_on_after_a_failure_and_names_it(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "leaves a last batch of 1" in shown and "Traceback" not in shown
     assert len(list((tmp_path / "r").rglob("*.json"))) == 1
+
+
+def test_a_sweep_names_a_run_whose_process_was_killed(tmp_path, capsys, monkeypatch):
+    def each(do, groups, workers):
+        killed, fine = groups
+        yield killed, ProcessDied("killed")
+        yield fine, do(fine)
+
+    monkeypatch.setattr(sys.modules["sigreg_lib.train.sweep"], "each", each)
+    runs = [Run("digits/weak", 0, SMALL), Run("digits/none", 0, SMALL)]
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed: digits-weak\+"):
+        sweep(runs, workers=2, epochs=1, **options(tmp_path))
+    assert "FAILED\nkilled\n[1/2] digits-none+" in capsys.readouterr().out
 
 
 def test_a_sweep_refuses_unknown_settings_and_twins_before_it_starts(tmp_path):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import os
 import traceback
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from sigreg_lib.data import ImageData, load
 from sigreg_lib.recipes import Recipe, find
 from sigreg_lib.records import Record, run_name
 from sigreg_lib.train.ensemble import check_batched, train_seeds
+from sigreg_lib.train.processes import ProcessDied, each
 from sigreg_lib.train.run import check, graph_for, now, train
 
 
@@ -61,7 +61,8 @@ def sweep(
     Raises:
         ValueError: an unknown recipe or setting, two runs of one name, a bad worker count, or a
             recipe that cannot be trained batched.
-        RuntimeError: a run failed; raised after all others have ended, naming each failure.
+        RuntimeError: a run failed; raised after all others have ended, naming each failure. (With
+            several workers that is also a run whose process was killed.)
     """
     runs = list(runs)
     if workers < 1:
@@ -107,11 +108,9 @@ def sweep(
             ended(group, _do(group, threads, batched, options))
     else:
         threads = threads or max(1, (os.cpu_count() or 1) // workers)
-        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        with ProcessPoolExecutor(min(workers, len(groups)) or 1, mp_context=context) as pool:
-            futures = {pool.submit(_do, g, threads, batched, options): g for g in groups.values()}
-            for future in as_completed(futures):
-                ended(futures[future], future.result())
+        do = functools.partial(_do, threads=threads, batched=batched, options=options)
+        for group, outcome in each(do, groups.values(), workers):
+            ended(group, str(outcome) if isinstance(outcome, ProcessDied) else outcome)
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(runs)} runs failed: {', '.join(failures)}")
     return [records[name] for name in names]
