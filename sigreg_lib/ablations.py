@@ -86,6 +86,19 @@ def study(
     return rows(runs, {n: read(path) for n, path in paths.items() if path.exists()}, epochs)
 
 
+def cases(named: Mapping[str, Sequence[Run]], group: str, budget: str, **options: Any) -> DataFrame:
+    """:func:`study` of runs under names of one's own, one row a run; column ``case`` has the name.
+
+    Args:
+        named: the runs of each case, in the order of the table.
+        group, budget, options: as in :func:`study`.
+    """
+    import pandas as pd
+
+    frames = [study(runs, group, budget, **options).assign(case=c) for c, runs in named.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
 def rows(runs: Sequence[Run], found: Mapping[str, Record], epochs: int | None = None) -> DataFrame:
     """The table of :func:`study` from records by the runs' names.
 

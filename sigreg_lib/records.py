@@ -107,6 +107,13 @@ class Record:
             raise ValueError(f"{self.name} has epochs 1 to {self.epochs}, not {epoch}")
         return {name: column[epoch - 1] for name, column in self.history.items()}
 
+    def recent_mean(self, name: str, epoch: int, over: int = 10) -> float | None:
+        """Mean of a column over the ``over`` epochs up to ``epoch``, so that the jitter of single
+        ones weighs less; None where one of them was not measured."""
+        values = self.measured(name)
+        wanted = range(epoch - over + 1, epoch + 1)
+        return sum(values[e] for e in wanted) / over if values.keys() >= set(wanted) else None
+
     def to_json(self) -> str:
         """The file's text: floats at 6 significant digits, history by column, NaN as null."""
         content = asdict(self) | {"last": self.last, "best_test": self.best_test}

@@ -174,6 +174,17 @@ def test_costly_runs_are_trained_with_the_full_budget_alone(tmp_path):
         assert list(found["status"]) == [status], budget
 
 
+def test_runs_under_names_of_ones_own_keep_them_and_their_order(tmp_path):
+    record = finished(RUNS[3], [5.0, 50.0])
+    record.write(tmp_path / "ks" / f"{record.name}.json")
+    named = {"wide": RUNS[2:], "narrow": RUNS[:1], "wide again": RUNS[3:]}
+    frame = ablations.cases(named, "ks", "recorded", records=tmp_path)
+    assert list(frame["case"]) == ["wide", "wide", "narrow", "wide again"]
+    assert list(frame["status"]) == ["missing", "done", "missing", "done"]
+    assert list(frame.index) == [0, 1, 2, 3]
+    assert paired(frame, "accuracy", {"case": "wide"}, {"case": "wide again"}) == [0.0]
+
+
 def test_every_outcome_is_there_for_every_run():
     assert set(outcome(None)) == set(ablations.OUTCOMES)
 

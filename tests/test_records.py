@@ -65,6 +65,15 @@ def test_epochs_without_evaluation_are_skipped_by_what_was_measured():
     assert Record.from_json(record.to_json()) == record
 
 
+def test_a_recent_mean_is_of_the_epochs_up_to_its_own_and_of_all_of_them():
+    record = made(epochs=4)
+    record.history["test_accuracy"] = [10.0, 20.0, 60.0, None]
+    assert record.recent_mean("test_accuracy", 3, over=2) == 40.0
+    assert record.recent_mean("test_accuracy", 3, over=3) == 30.0
+    for epoch, over in ((4, 2), (3, 4), (9, 2)):  # not measured, before the first, not reached
+        assert record.recent_mean("test_accuracy", epoch, over=over) is None
+
+
 def test_floats_keep_six_digits_and_what_is_not_finite_becomes_null(tmp_path):
     record = made()
     record.history["train_loss"] = [1.23456789, math.nan, math.inf]
