@@ -136,9 +136,12 @@ class Handle:
                 value = output if on == "output" else inputs[0]
                 if isinstance(value, tuple) and value:  # attention gives (values, weights)
                     value = value[0]
-                z = self.features[name] = self._pooled(name, layout, value)
-                if not torch.compiler.is_compiling() and not z.is_inference():
+                z = self._pooled(name, layout, value)
+                if torch.compiler.is_compiling():  # no versions there: a layer after this one may
+                    z = z.clone()  # write into its value. Fused away where none does
+                elif not z.is_inference():
                     self._recorded[name] = z, z._version, torch.is_grad_enabled()
+                self.features[name] = z
 
         return record
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from sigreg_lib._names import nearest
+from sigreg_lib._types import alternatives, check_type
 from sigreg_lib.augment import Policy
-from sigreg_lib.losses import STRONG_GRIDS, LogWeakSIGReg, SIGReg, VCReg, WeakSIGReg
+from sigreg_lib.losses import STRONG_GRIDS, LogWeakSIGReg, SIGReg, VCReg, WeakPart, WeakSIGReg
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Recipe:
     orthonormal sketch, the unbiased estimate of the square. The square's gradient is 2R times that
     of the norm, that of its unbiased estimate about as large near collapse alone: divide ``lam`` by
     2R to begin with. ``log_scale`` is Weak with the scale in logarithms,
-    :func:`~sigreg_lib.losses.log_weak_sigreg`.
+    :func:`~sigreg_lib.losses.log_weak_sigreg`; ``scale`` and ``shape`` are one of its two parts
+    alone, :func:`~sigreg_lib.losses.weak_parts`, on the scale of the norm.
     """
 
     name: str
@@ -50,7 +52,9 @@ class Recipe:
     # the objective; a baseline of the released settings keeps the factor (1 - lam)
     lam: float | Literal["auto"] = 0.1  # auto: found in the first steps, see train.balance
     convex: bool = True
-    mode: Literal["paper", "squared", "orthonormal", "unbiased", "corrected", "log_scale"] = "paper"
+    mode: Literal[
+        "paper", "squared", "orthonormal", "unbiased", "corrected", "log_scale", "scale", "shape"
+    ] = "paper"
     sketch_dim: int | tuple[int, ...] = 64  # of every tapped layer, or one each
     resample: bool = True
     strong_grid: Literal["paper", "lejepa"] = "paper"
@@ -94,8 +98,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), HINTS[field.name]
-            _check_type(field.name, value, hint)
-            if type(value) is int and int not in _alternatives(hint):
+            check_type(field.name, value, hint)
+            if type(value) is int and int not in alternatives(hint):
                 object.__setattr__(self, field.name, float(value))  # 1 and 1.0 are one run
         if not self.taps:
             raise ValueError("taps is empty: name at least one layer")
@@ -196,6 +200,8 @@ class Recipe:
         most = max(self.columns or (self.sketch_dim,))
         if self.regularizer == "weak" and self.mode == "log_scale":
             return LogWeakSIGReg(most, **options)
+        if self.regularizer == "weak" and self.mode in ("scale", "shape"):
+            return WeakPart(self.mode, most, **options)
         if self.regularizer == "weak":
             return WeakSIGReg(
                 most,
@@ -238,7 +244,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ValueError(f"an override is written name=value, such as lam=0.3, not {text!r}")
     words = {"none": None, "true": True, "false": False}
     name, word = name.strip(), value.strip()
-    choices = [a for h in _alternatives(HINTS.get(name)) for a in typing.get_args(h)]
+    choices = [a for h in alternatives(HINTS.get(name)) for a in typing.get_args(h)]
     if word in choices:  # norm=none is a word, clip_norm=none is nothing
         return name, word
     if word.lower() in words:
@@ -259,41 +265,6 @@ def find(name: str) -> Recipe:
         near = nearest(name, RECIPES)
         raise ValueError(f"unknown recipe {name!r}; did you mean {near!r}? (`sigreg list`)")
     return RECIPES[name]
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return (hint,) if typing.get_origin(hint) in (Literal, None, tuple) else typing.get_args(hint)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if hint is type(None):
-        return value is None
-    if typing.get_origin(hint) is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        inner = [a for a in typing.get_args(hint) if a is not Ellipsis]
-        fixed = Ellipsis not in typing.get_args(hint)
-        return (
-            isinstance(value, tuple)
-            and all(_fits(v, inner[0]) for v in value)
-            and (not fixed or len(value) == len(inner))
-        )
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    options = _alternatives(hint)
-    if any(_fits(value, option) for option in options):
-        return
-    words = [w for option in options for w in typing.get_args(option) if isinstance(w, str)]
-    others = [option for option in options if typing.get_origin(option) is not Literal]
-    if words and isinstance(value, str) and not others:
-        near = nearest(value, words)
-        raise ValueError(f"{name} is one of {', '.join(words)}, not {value!r}; meant {near!r}?")
-    kinds = [getattr(o, "__name__", str(o)).replace("NoneType", "none") for o in others]
-    raise ValueError(f"{name} must be {' or '.join([*kinds, *words])}, not {value!r}")
 
 
 _CIFAR_MEAN, _CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

@@ -188,7 +188,10 @@ def run_name(recipe: str, overrides: dict[str, Any], seed: int) -> str:
         if len(text) > 60:  # and they are short
             text = f"{text[:40]}..{zlib.crc32(str(value).encode()):08x}"
         parts.append(f"{name}={text}")
-    return "+".join(parts) + f"-s{seed}"
+    name = "+".join(parts)
+    if len(name) > 200:  # the whole, too, must fit into a file's name
+        name = f"{name[:180]}..{zlib.crc32(name.encode()):08x}"
+    return f"{name}-s{seed}"
 
 
 def read(path: str | Path) -> Record:

@@ -178,6 +178,8 @@ class MatrixSource:
     def __call__(self, like: Tensor) -> Tensor:
         """The matrix for the channels (last dimension) and the device of ``like``."""
         n_channels = like.shape[-1]
+        if not n_channels:
+            raise ValueError(f"z has no channels: shape {tuple(like.shape)}")
         if torch.compiler.is_compiling():
             place = torch.empty(0, device=like.device)  # not ``like``, which vmap would split
             columns = self.columns(n_channels)

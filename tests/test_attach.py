@@ -232,6 +232,25 @@ class Checkpointed(nn.Module):
         return x
 
 
+def test_compiled_code_may_change_a_value_in_place_after_it_was_tapped():
+    def stack(inplace: bool) -> nn.Module:
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 3))
+        net.load_state_dict(state)
+        return net
+
+    state = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).state_dict()
+    x = inputs(16, 6)
+    found = []
+    for net, compiled in ((stack(False), False), (stack(True), True)):
+        handle = attach(net, "0", WeakSIGReg())
+        out = (torch.compile(net, backend="aot_eager") if compiled else net)(x)
+        (handle.loss() + out.square().mean()).backward()
+        found.append([handle.features["0"], *(p.grad for p in net.parameters())])
+    assert (found[0][0] < 0).any()  # which the activation would have cut off
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_a_loss_that_would_have_no_gradient_is_refused():
     x = torch.randn(16, 5, 6, generator=seeded(31)).requires_grad_()
     nets = {reentrant: Checkpointed(reentrant) for reentrant in (False, True)}

@@ -640,6 +640,8 @@ def test_combine_is_convex_by_default_and_additive_on_request():
         (lambda: strong_sigreg(torch.ones(9, 3), torch.eye(3), n_points=16), ValueError, "odd.*16"),
         (lambda: strong_sigreg(torch.ones(9, 3), torch.eye(3), t_max=0.0), ValueError, "positive"),
         (lambda: SIGReg(t_max=math.inf), ValueError, "t_max must be positive and finite"),
+        (lambda: SIGReg()(torch.ones(9, 0)), ValueError, r"no channels: shape \(9, 0\)"),
+        (lambda: WeakSIGReg()(torch.ones(9, 0)), ValueError, r"no channels: shape \(9, 0\)"),
         (lambda: SIGReg(num_slices=0), ValueError, "positive int, not 0"),
         (lambda: WeakSIGReg(sketch="orthonomal"), ValueError, "did you mean 'orthonormal'"),
         (lambda: WeakSIGReg(sketch="directions"), ValueError, "'gaussian' or 'orthonormal'"),

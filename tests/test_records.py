@@ -143,6 +143,12 @@ def test_names_tell_overrides_and_seeds_apart():
     assert several == "mlp-weak+taps=layers._xlayers.1@-s0"
 
 
+def test_names_of_many_settings_fit_into_a_file_name_and_still_tell_them_apart():
+    settings = [{f"a_setting_of_number_{i}": i for i in range(most)} for most in (20, 21)]
+    names = {run_name("mlp/weak", changes, seed) for changes in settings for seed in (0, 1)}
+    assert len(names) == 4 and all(len(name) < 240 for name in names)
+
+
 def test_names_of_long_lists_are_short_and_still_tell_them_apart():
     lists = [[f"layers.{i}" for i in range(start, start + 40)] for start in (0, 1)]
     lists.append(lists[0][:-1])

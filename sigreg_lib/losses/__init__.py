@@ -1,6 +1,6 @@
 """Losses on batches of representations: Weak and Strong SIGReg, their neighbours, whitening."""
 
-from sigreg_lib.losses.log_scale import LogWeakSIGReg, log_weak_sigreg, log_weak_values
+from sigreg_lib.losses.floors import strong_floor, weak_floor
 from sigreg_lib.losses.neighbours import (
     DeCov,
     VCReg,
@@ -11,15 +11,20 @@ from sigreg_lib.losses.neighbours import (
     variance_term,
     vicreg,
 )
+from sigreg_lib.losses.parts import (
+    LogWeakSIGReg,
+    WeakPart,
+    log_weak_sigreg,
+    log_weak_values,
+    weak_parts,
+)
 from sigreg_lib.losses.sigreg import (
     STRONG_GRIDS,
     SIGReg,
     WeakSIGReg,
     combine,
-    strong_floor,
     strong_sigreg,
     strong_values,
-    weak_floor,
     weak_sigreg,
     weak_values,
 )
@@ -38,6 +43,7 @@ __all__ = [
     "LogWeakSIGReg",
     "SIGReg",
     "VCReg",
+    "WeakPart",
     "WeakSIGReg",
     "barlow_twins",
     "batch_normalize",
@@ -54,6 +60,7 @@ __all__ = [
     "variance_term",
     "vicreg",
     "weak_floor",
+    "weak_parts",
     "weak_sigreg",
     "weak_values",
     "whiten",

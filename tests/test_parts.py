@@ -1,4 +1,5 @@
-"""Weak-SIGReg with the scale in logarithms: against float64, at the goal, and near collapse."""
+"""Weak-SIGReg's scale and shape, and the scale in logarithms: against float64, at the goal, and
+near collapse."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from helpers import seeded
 from torch import Tensor
 
 from sigreg_lib import RECIPES
-from sigreg_lib.losses import LogWeakSIGReg, log_weak_sigreg, weak_floor, weak_sigreg
+from sigreg_lib.losses import (
+    LogWeakSIGReg,
+    WeakPart,
+    log_weak_sigreg,
+    weak_floor,
+    weak_parts,
+    weak_sigreg,
+)
 from sigreg_lib.sketch import gaussian
 
 
@@ -52,6 +60,52 @@ def test_weak_splits_into_scale_and_shape_as_the_docstring_says():
         weak_sigreg(z).square(), variance**2 * shape + 12 * (variance - 1) ** 2
     )
     torch.testing.assert_close(log_weak_sigreg(z).square(), shape + 12 * variance.log().square())
+    found = weak_parts(z)
+    torch.testing.assert_close(found[0], 12**0.5 * (variance - 1).abs())
+    torch.testing.assert_close(found[1], shape.sqrt())
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("k", [None, 8])
+@pytest.mark.parametrize("part", ["scale", "shape"])
+def test_float32_parts_and_their_gradients_equal_those_from_eigenvalues(part, k, scale):
+    sketch = None if k is None else gaussian(24, k, generator=seeded(0))
+    wide = None if sketch is None else sketch.double()
+    z = normal(64, 24, seed=1) * scale * torch.linspace(0.3, 2, 24) + 3 * scale
+
+    def expected(x: Tensor) -> Tensor:
+        values = torch.linalg.eigvalsh(torch.cov((x if wide is None else x @ wide).T))
+        mean = values.mean()
+        if part == "scale":
+            return math.sqrt(len(values)) * (mean - 1).abs()
+        return (values / mean - 1).square().sum().sqrt()
+
+    found = value_and_gradient(lambda x: weak_parts(x, sketch)[part == "shape"], z)
+    for a, b in zip(found, value_and_gradient(expected, z.double()), strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < 2e-5
+
+
+def test_the_shape_is_the_effective_dimension_and_knows_no_scale():
+    z = normal(400, 12, seed=10, dtype=torch.float64) * torch.linspace(0.2, 1, 12)
+    values = torch.linalg.eigvalsh(torch.cov(z.T))
+    d = values.sum() ** 2 / values.square().sum()
+    for factor in (1.0, 1e-6, 1e6):
+        torch.testing.assert_close(weak_parts(factor * z)[1], (12 * (12 / d - 1)).sqrt())
+    line = normal(40, 1, seed=11) * torch.ones(12)
+    assert weak_parts(line)[1].item() == pytest.approx(math.sqrt(12 * 11), rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["scale", "shape"])
+@pytest.mark.parametrize(
+    ("n", "c", "k", "sketch"),
+    [(32, 48, 16, "gaussian"), (32, 48, 16, "orthonormal"), (64, 16, 64, "gaussian")],
+)
+def test_floors_of_the_parts_are_their_root_mean_squares_over_white_batches(part, n, c, k, sketch):
+    module = WeakPart(part, k, sketch=sketch)
+    z = normal(4000, n, c, seed=12)
+    squares = torch.cat([module.values(x, module.matrix(x)).square() for x in z.split(4)])
+    error = squares.std().item() / math.sqrt(1000)  # batches of four share their sketch
+    assert squares.mean().item() == pytest.approx(module.floor(n, c) ** 2, abs=5 * error)
 
 
 def test_agrees_with_weak_to_first_order_at_the_goal():
@@ -89,6 +143,9 @@ def test_at_exact_collapse_value_and_gradient_are_finite_and_the_gradient_zero(z
     value, gradient = value_and_gradient(log_weak_sigreg, z)
     assert value.isfinite() and value > 100
     assert not gradient.any()
+    for part in (0, 1):  # both are sqrt(K) there
+        value, gradient = value_and_gradient(lambda x, part=part: weak_parts(x)[part], z)
+        assert value == 2.0 and not gradient.any()
 
 
 @pytest.mark.parametrize("n", [37, 128])
@@ -135,11 +192,19 @@ def test_the_recipe_mode_builds_it():
     regularizer = recipe.build_regularizer()
     assert isinstance(regularizer, LogWeakSIGReg)
     assert regularizer.source.n_columns == 32
+    for part in ("scale", "shape"):
+        module = RECIPES["digits/weak"].override(mode=part, sketch_dim=32).build_regularizer(seed=3)
+        z = normal(40, 128, seed=13)
+        sketch = WeakPart(part, 32, seed=3).matrix(z)
+        assert sketch.shape == (128, 32) and module(z) == weak_parts(z, sketch)[part == "shape"]
+        assert f"part='{part}'" in repr(module)
     with pytest.raises(ValueError, match="mode of Strong"):
         RECIPES["digits/strong"].override(mode="log_scale")
 
 
 def test_refuses_what_is_no_batch():
+    with pytest.raises(ValueError, match="'scale' or 'shape', not 'size'"):
+        WeakPart("size")
     with pytest.raises(ValueError, match="1 samples"):
         log_weak_sigreg(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="sketch must have shape"):
