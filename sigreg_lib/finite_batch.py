@@ -75,6 +75,46 @@ def best_scale(
     return k / (k + v)
 
 
+def sketched_dimension(
+    effective_dim: float, n_samples: int, sketch_dim: int | None = None
+) -> float:
+    r"""Effective dimension that a batch shows through a sketch, at most K and at most N - 1.
+
+    For Gaussian samples of *any* covariance :math:`\Sigma` with
+    :math:`d = (\mathrm{tr}\,\Sigma)^2 / \mathrm{tr}\,\Sigma^2`, and
+    :math:`\hat\Sigma = \mathrm{Cov}(Z S)`, S Gaussian and :math:`m = N - 1`,
+
+    .. math:: \frac1{d_S} = \frac{E\,\mathrm{tr}\,\hat\Sigma^2}{(E\,\mathrm{tr}\,\hat\Sigma)^2}
+              = \Bigl(1 + \frac1m\Bigr) \Bigl(\frac{1 + 1/K}d + \frac1K\Bigr)
+                + \frac1m \Bigl(1 + \frac2{K d}\Bigr) .
+
+    With :math:`s^2` the mean variance, :math:`E R^2 = K^2 s^4 / d_S - 2 K s^2 + K`: it is least at
+    :math:`s^2 = d_S / K`, where it is :math:`K - d_S`. So the covariance's effective dimension
+    alone decides which scale the loss asks for, and what it costs there; at d = C that is
+    :func:`best_scale`.
+
+    Args:
+        effective_dim: d, of the population.
+        n_samples: N, at least 2.
+        sketch_dim: K, below the number of channels; None: no sketch,
+            :math:`1 / d_S = (1 + 1/m) / d + 1/m`.
+
+    Raises:
+        ValueError: an effective dimension below 1, or fewer than two samples.
+
+    Source: ours; the moments are those of Gaussian quadratic forms (Wishart).
+    """
+    if not effective_dim >= 1:
+        raise ValueError(f"effective_dim must be at least 1, not {effective_dim!r}")
+    if n_samples < 2:
+        raise ValueError(f"n_samples must be at least 2, not {n_samples!r}")
+    m, d = n_samples - 1, effective_dim
+    if sketch_dim is None:
+        return 1 / ((1 + 1 / m) / d + 1 / m)
+    k = sketch_dim
+    return 1 / ((1 + 1 / m) * ((1 + 1 / k) / d + 1 / k) + (1 + 2 / (k * d)) / m)
+
+
 def halves_square(z: Tensor) -> Tensor:
     r"""Unbiased estimate of the squared deviation from two disjoint half batches.
 

@@ -17,7 +17,9 @@ from sigreg_lib.finite_batch import (
     halves_square,
     interpolated_trace,
     simulate,
+    sketched_dimension,
 )
+from sigreg_lib.losses import weak_sigreg
 from sigreg_lib.records import spectrum_ranks
 
 
@@ -61,6 +63,34 @@ def test_best_scale_has_the_published_approximation_for_wide_layers():
     approximation = 1 / (1 + (k + 1) * (1 / c + 1 / (n - 1)))
     assert best_scale(n, c, k) == pytest.approx(approximation, rel=1e-5)
     assert best_scale(n, c, k) < approximation  # the cross term
+
+
+@pytest.mark.parametrize("k", [12, None])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.5])
+def test_the_sketched_dimension_and_what_it_costs_are_means_over_batches(k, power):
+    n, c, count = 24, 40, 8000
+    variances = torch.arange(1, c + 1, dtype=torch.float64) ** -power
+    d = (variances.sum() ** 2 / variances.square().sum()).item()
+    z = torch.randn(count, n, c, generator=seeded(6), dtype=torch.float64) * variances.sqrt()
+    z = z * (c / variances.sum()).sqrt()  # mean variance 1
+    if k is not None:
+        s = torch.randn(count, c, k, generator=seeded(7), dtype=torch.float64) / math.sqrt(c)
+        z = z @ s
+    columns, seen = k or c, sketched_dimension(d, n, k)
+    y = z - z.mean(1, keepdim=True)
+    square = (y.mT @ y / (n - 1)).square().sum((1, 2))
+    assert abs(standard_errors(square, columns**2 / seen)) < 3
+    assert abs(standard_errors(square, 1.02 * columns**2 / seen)) > 3
+    costs = {}
+    for s2 in (0.8 * seen / columns, seen / columns, 1.25 * seen / columns):
+        costs[s2] = weak_sigreg(s2**0.5 * z[:4000], squared=True).item()
+    assert costs[seen / columns] == min(costs.values())
+    assert costs[seen / columns] == pytest.approx(columns - seen, rel=0.02)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(128, 256, 64), (16, 40, 24), (32, 24, None)])
+def test_at_the_goal_the_sketched_dimension_is_the_best_scale(n, c, k):
+    assert sketched_dimension(c, n, k) / (k or c) == pytest.approx(best_scale(n, c, k), rel=1e-12)
 
 
 def test_only_the_corrected_loss_asks_for_the_identity():
@@ -163,6 +193,8 @@ def test_interpolated_trace_takes_a_line_to_an_eigenvalue_of_zero():
     [
         (lambda: expected_square(-1, 8, 8), "scale is a variance"),
         (lambda: expected_square(float("nan"), 8, 8), "scale is a variance"),
+        (lambda: sketched_dimension(0.5, 128, 64), "effective_dim must be at least 1, not 0.5"),
+        (lambda: sketched_dimension(9, 1, 64), "n_samples must be at least 2, not 1"),
         (lambda: halves_square(torch.zeros(3, 2)), "two half batches need 4"),
         (lambda: estimate_variance(1, 8, 4, "half"), "did you mean 'halves'"),
         (lambda: estimate_variance(1, 9, 4, "halves"), "must be even"),
