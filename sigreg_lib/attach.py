@@ -44,9 +44,10 @@ def attach(
         channels: where they are in values of more than two dimensions: ``"last"`` (N, ..., C) or
             ``"first"`` (N, C, ...). PyTorch's own layers keep their place whatever is said here
             (last: Linear, LayerNorm, RMSNorm, Embedding; first: convolutions, BatchNorm, GroupNorm,
-            InstanceNorm). For all others ``"auto"`` (default) takes (N, tokens, C) and (N, C, H, W)
-            and raises where a layer holds one of the other kind (a Linear for (N, C, H, W), a
-            Conv1d for (N, tokens, C)), or stands beside one and holds none: there it must be told.
+            InstanceNorm; not a subclass with a ``forward`` of its own). For all others ``"auto"``
+            (default) takes (N, tokens, C) and (N, C, H, W) and raises where a layer is or holds one
+            of the other kind (a Linear for (N, C, H, W), a Conv1d for (N, tokens, C)), or stands
+            beside one and holds none: there it must be told.
         weights: weight of each layer in the average; default equal.
         columns: K of each layer, if they differ: a layer takes the first so many columns of the
             regularizer's random matrix, whose own K must be the largest of them and, for Weak, lie

@@ -96,11 +96,11 @@ def sketched_dimension(
     Args:
         effective_dim: d, of the population.
         n_samples: N, at least 2.
-        sketch_dim: K, below the number of channels; None: no sketch,
-            :math:`1 / d_S = (1 + 1/m) / d + 1/m`.
+        sketch_dim: K; None: no sketch, :math:`1 / d_S = (1 + 1/m) / d + 1/m`. Give None where
+            C <= K: the losses do not sketch there.
 
     Raises:
-        ValueError: an effective dimension below 1, or fewer than two samples.
+        ValueError: an effective dimension or a K below 1, or fewer than two samples.
 
     Source: ours; the moments are those of Gaussian quadratic forms (Wishart).
     """
@@ -108,6 +108,8 @@ def sketched_dimension(
         raise ValueError(f"effective_dim must be at least 1, not {effective_dim!r}")
     if n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, not {n_samples!r}")
+    if sketch_dim is not None and sketch_dim < 1:
+        raise ValueError(f"sketch_dim must be at least 1 or None, not {sketch_dim!r}")
     m, d = n_samples - 1, effective_dim
     if sketch_dim is None:
         return 1 / ((1 + 1 / m) / d + 1 / m)

@@ -32,8 +32,9 @@ class Recipe:
     orthonormal sketch, the unbiased estimate of the square. The square's gradient is 2R times that
     of the norm, that of its unbiased estimate about as large near collapse alone: divide ``lam`` by
     2R to begin with. ``log_scale`` is Weak with the scale in logarithms,
-    :func:`~sigreg_lib.losses.log_weak_sigreg`; ``scale`` and ``shape`` are one of its two parts
-    alone, :func:`~sigreg_lib.losses.weak_parts`, on the scale of the norm.
+    :func:`~sigreg_lib.losses.log_weak_sigreg`; ``scale`` and ``shape`` are one of Weak's two
+    parts alone, :func:`~sigreg_lib.losses.weak_parts`, not squared; the shape is up to the root of
+    K times as large as Weak, and its gradient grows as features shrink.
     """
 
     name: str

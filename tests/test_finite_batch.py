@@ -194,6 +194,7 @@ def test_interpolated_trace_takes_a_line_to_an_eigenvalue_of_zero():
         (lambda: expected_square(-1, 8, 8), "scale is a variance"),
         (lambda: expected_square(float("nan"), 8, 8), "scale is a variance"),
         (lambda: sketched_dimension(0.5, 128, 64), "effective_dim must be at least 1, not 0.5"),
+        (lambda: sketched_dimension(9, 8, 0), "sketch_dim must be at least 1 or None, not 0"),
         (lambda: sketched_dimension(9, 1, 64), "n_samples must be at least 2, not 1"),
         (lambda: halves_square(torch.zeros(3, 2)), "two half batches need 4"),
         (lambda: estimate_variance(1, 8, 4, "half"), "did you mean 'halves'"),

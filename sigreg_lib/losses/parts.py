@@ -23,8 +23,9 @@ def weak_parts(z: Tensor, sketch: Tensor | None = None) -> tuple[Tensor, Tensor]
               R_{shape} = \lVert \Sigma / s^2 - I \rVert_F .
 
     The scale knows the mean variance alone, and :math:`\sqrt K` is what collapse costs, as in Weak;
-    the shape does not change with it, and is :math:`\sqrt{K (K / d - 1)}` with d the effective
-    dimension of :math:`\Sigma`, at most :math:`\sqrt{K (K - 1)}`.
+    the shape does not change with it, so that its gradient grows as features shrink, and is
+    :math:`\sqrt{K (K / d - 1)}` with d the effective dimension of :math:`\Sigma`, at most
+    :math:`\sqrt{K (K - 1)}`.
 
     Args:
         z: representations, shape (..., N, C), any float dtype, N >= 2.
@@ -32,8 +33,8 @@ def weak_parts(z: Tensor, sketch: Tensor | None = None) -> tuple[Tensor, Tensor]
 
     Returns:
         :math:`R_{scale}` and :math:`R_{shape}`, each of shape (...), dimensionless. Finite
-        everywhere, with gradient 0 where all samples coincide; there the shape counts as that of
-        :math:`\Sigma / s^2 = 0`.
+        wherever :math:`s^2` is a number of the dtype, with gradient 0 where all samples coincide;
+        there the shape counts as that of :math:`\Sigma / s^2 = 0`.
 
     Raises:
         TypeError: z is not a floating-point tensor.
@@ -134,8 +135,9 @@ class LogWeakSIGReg(WeakSIGReg):
 class WeakPart(WeakSIGReg):
     """One of :func:`weak_parts` as a module that draws its sketch; a batch of one process.
 
-    For asking which of the two a training owes its gain to. Neither is a loss to train with: the
-    scale leaves the features where they are of one dimension, the shape where they are tiny.
+    For asking what one alone does. Neither is a loss to train with: the scale leaves the features
+    where they are of one dimension, the shape where they are tiny. Nor are they summands of Weak:
+    there the shape is weighted by :math:`s^4`, so that it, too, acts on the scale.
 
     Args:
         part: ``"scale"`` or ``"shape"``.
@@ -174,15 +176,15 @@ class WeakPart(WeakSIGReg):
         .. math:: K\,\mathrm{Var}\,s^2 = \frac2C + \frac2{N-1} \Bigl(1 + \frac{K+1}C\Bigr)
 
         with a Gaussian sketch and :math:`2 / (N - 1)` with an orthonormal one or none. Of the
-        shape it is what is left of Weak's squared floor, to first order: within 1% at N = 16,
-        C = 40, K = 24, within 0.3% from N = 32 on.
+        shape it is what is left of Weak's squared floor, to first order: above it by 0.6% at
+        N = 32, C = 40, K = 24, by more at small K (7% at N = 32, C = 8, K = 4).
         """
         k = sketch_dim or self.source.n_columns
         m, gaussian = n_samples - 1, self.source.kind == "gaussian" and k < n_channels
         square = 2 / n_channels + 2 / m * (1 + (k + 1) / n_channels) if gaussian else 2 / m
         if self.part == "shape":
             square = super().floor(n_samples, n_channels, sketch_dim) ** 2 - square
-        return math.sqrt(square)
+        return math.sqrt(max(square, 0.0))  # one column has no shape
 
     def extra_repr(self) -> str:
         return f"part={self.part!r}, {super().extra_repr()}"

@@ -39,29 +39,39 @@ def each(
         here, there = context.Pipe()
         process = context.Process(target=_serve, args=(function, there))
         process.start()
-        there.close()  # the only other end is the process's own: its death is seen here
+        there.close()  # the other end is the process's own: closed by its death, it is seen here
         processes[here] = process
         return here
+
+    def bury(end: Connection) -> ProcessDied:
+        process = processes.pop(end)
+        process.join()
+        end.close()
+        why = (
+            "killed by that signal, as the system does where memory runs out"
+            if process.exitcode < 0
+            else "its own error is above; a script that starts workers needs the guard "
+            'if __name__ == "__main__"'
+        )
+        return ProcessDied(f"its process ended with exit code {process.exitcode} ({why})")
 
     try:
         while todo or at_work:
             while todo and len(at_work) < workers:
                 idle = (e for e, p in processes.items() if e not in at_work and p.is_alive())
                 end = next(idle, None) or start()
-                at_work[end] = todo.pop()
-                end.send(at_work[end])
+                try:
+                    end.send(todo[-1])
+                except OSError:  # it died while idle: another takes the item
+                    bury(end)
+                else:
+                    at_work[end] = todo.pop()
             for end in wait(list(at_work)):
                 item = at_work.pop(end)
                 try:
                     outcome = end.recv()
-                except (EOFError, ConnectionResetError):
-                    process = processes.pop(end)
-                    process.join()
-                    end.close()
-                    outcome = ProcessDied(
-                        f"its process ended with exit code {process.exitcode} (negative: killed by "
-                        "that signal; the system does so where memory runs out)"
-                    )
+                except (EOFError, OSError):  # the second in the middle of its answer
+                    outcome = bury(end)
                 yield item, outcome
     finally:
         for end, process in processes.items():
