@@ -95,8 +95,8 @@ class Layout(NamedTuple):
             return self.fixed or told
         if value.ndim in self.doubtful:
             raise ValueError(
-                f"where are the channels in a value of shape {tuple(value.shape)}? There are "
-                "layers in it, or beside it, of another layout: pass channels='first' or 'last'"
+                f"where are the channels in a value of shape {tuple(value.shape)}? The kinds of "
+                "layers in it, or beside it, leave that open: pass channels='first' or 'last'"
             )
         return None
 
