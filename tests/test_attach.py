@@ -218,20 +218,6 @@ def test_a_value_that_is_changed_in_place_is_not_regularized_in_silence():
     torch.testing.assert_close(handle.losses()[0], weak_sigreg(net[0](x)))
 
 
-class Checkpointed(nn.Module):
-    """Two blocks of tokens under activation checkpointing."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(6, 9) for _ in range(2))
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
 def test_compiled_code_may_change_a_value_in_place_after_it_was_tapped():
     def stack(inplace: bool) -> nn.Module:
         net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 3))
@@ -249,6 +235,20 @@ def test_compiled_code_may_change_a_value_in_place_after_it_was_tapped():
     assert (found[0][0] < 0).any()  # which the activation would have cut off
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+class Checkpointed(nn.Module):
+    """Two blocks of tokens under activation checkpointing."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(6, 9) for _ in range(2))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
 
 
 def test_a_loss_that_would_have_no_gradient_is_refused():

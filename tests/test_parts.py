@@ -104,9 +104,7 @@ def test_floors_of_the_parts_are_their_root_mean_squares_over_white_batches(part
     module = WeakPart(part, k, sketch=sketch)
     squares = torch.stack([module(z).square() for z in normal(6000, n, c, seed=12)])
     error = squares.std().item() / math.sqrt(len(squares))
-    exact = (
-        part == "scale"
-    )  # 5.8% of it is the term (K + 1) / C in the first case; shape: 1st order
+    exact = part == "scale"  # a sixth of it is the term (K + 1) / C in the first case
     assert squares.mean().item() == pytest.approx(
         module.floor(n, c) ** 2,
         abs=4 * error if exact else 4 * error + 0.03 * squares.mean().item(),

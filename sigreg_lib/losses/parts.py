@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,15 +105,8 @@ def _log_variance_and_shape(z: Tensor, sketch: Tensor | None) -> tuple[Tensor, T
         return variance.log() + 2 * unit[..., 0, 0].log(), shape, k
 
 
-class LogWeakSIGReg(WeakSIGReg):
-    """:func:`log_weak_sigreg` as a module that draws its sketch; a batch of one process.
-
-    ``floor`` is that of :class:`~sigreg_lib.WeakSIGReg`, with which this loss agrees near the goal:
-    within 1.5% (N = 32, C = 128, K = 4), 0.01% at N = 128, C = 256, K = 64.
-
-    Args:
-        sketch_dim, sketch, resample, generator, seed: as in :class:`~sigreg_lib.WeakSIGReg`.
-    """
+class _SketchedWeak(WeakSIGReg):
+    """What both have of Weak: its sketch, but neither its squares nor its processes."""
 
     def __init__(
         self,
@@ -127,12 +121,23 @@ class LogWeakSIGReg(WeakSIGReg):
             sketch_dim, sketch=sketch, resample=resample, generator=generator, seed=seed
         )
 
+
+class LogWeakSIGReg(_SketchedWeak):
+    """:func:`log_weak_sigreg` as a module that draws its sketch; a batch of one process.
+
+    ``floor`` is that of :class:`~sigreg_lib.WeakSIGReg`, with which this loss agrees near the goal:
+    within 1.5% (N = 32, C = 128, K = 4), 0.01% at N = 128, C = 256, K = 64.
+
+    Args:
+        sketch_dim, sketch, resample, generator, seed: as in :class:`~sigreg_lib.WeakSIGReg`.
+    """
+
     def values(self, z: Tensor, matrix: Tensor | None = None) -> Tensor:
         """The loss of each batch, (..., N, C) -> (...), under a given matrix."""
         return log_weak_values(z, matrix)
 
 
-class WeakPart(WeakSIGReg):
+class WeakPart(_SketchedWeak):
     """One of :func:`weak_parts` as a module that draws its sketch; a batch of one process.
 
     For asking what one alone does. Neither is a loss to train with: the scale leaves the features
@@ -147,21 +152,10 @@ class WeakPart(WeakSIGReg):
         ValueError: another part.
     """
 
-    def __init__(
-        self,
-        part: str,
-        sketch_dim: int = 64,
-        *,
-        sketch: str = "gaussian",
-        resample: bool = True,
-        generator: torch.Generator | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, part: str, sketch_dim: int = 64, **options: Any) -> None:
         if part not in ("scale", "shape"):
             raise ValueError(f"part must be 'scale' or 'shape', not {part!r}")
-        super().__init__(
-            sketch_dim, sketch=sketch, resample=resample, generator=generator, seed=seed
-        )
+        super().__init__(sketch_dim, **options)
         self.part = part
 
     def values(self, z: Tensor, matrix: Tensor | None = None) -> Tensor:
