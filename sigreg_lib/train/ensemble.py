@@ -30,6 +30,7 @@ from sigreg_lib.train import run
 from sigreg_lib.train.capture import CapturedStep, Graph
 from sigreg_lib.train.loop import AUGMENT_AT_ONCE, Trainer
 from sigreg_lib.train.optimizer import build_optimizer, load_optimizer, set_learning_rate
+from sigreg_lib.train.precision import products
 
 
 def check_batched(recipe: Recipe, compile: bool | None = None) -> None:
@@ -211,7 +212,8 @@ class Ensemble:
             x = torch.stack([own[step % at_once] for own in images])
             y = labels[torch.stack(batches[step])]
             run_step = self.whole_step if n == self.recipe.batch_size else self._step
-            stats, norm = run_step(x, y, self._matrices(n, epoch, step))
+            with products(self.first.by_float32):
+                stats, norm = run_step(x, y, self._matrices(n, epoch, step))
             totals, norms = totals + stats * n, norms + norm
         return torch.cat([totals / len(labels), norms[:, None]], 1)
 

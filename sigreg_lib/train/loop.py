@@ -27,6 +27,7 @@ from sigreg_lib.sketch import directions, gaussian
 from sigreg_lib.train.balance import Balance
 from sigreg_lib.train.capture import CapturedStep, Graph
 from sigreg_lib.train.optimizer import build_optimizer, load_optimizer, set_learning_rate
+from sigreg_lib.train.precision import lacks_products, products
 
 AUGMENT_AT_ONCE = 4096  # images; large groups share an operation's overhead
 EVALUATE_AT_ONCE = 500
@@ -42,7 +43,9 @@ class Trainer:
         recipe: all settings.
         data: images and labels, already on the device to train on.
         seed: of weights, order, augmentation, sketches, drop path and dropout.
-        compile: compile the objective and the evaluation with ``torch.compile``.
+        compile: compile the objective and the evaluation with ``torch.compile``. In bfloat16, on a
+            processor without bfloat16 products, their slow loops are then left as they are; else
+            they go by way of float32, see :mod:`sigreg_lib.train.precision`.
         capture: record whole steps with this graph (``CudaGraph``) and replay them.
     """
 
@@ -57,6 +60,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.data, self.seed = recipe, data, seed
         self.device = data.train_images.device
+        self.by_float32 = not compile and lacks_products(recipe, self.device)
         shape = (data.channels, data.size, data.size)
         model = build_model(
             recipe.model, shape, data.n_classes, seed=seed, **recipe.model_options()
@@ -217,12 +221,15 @@ class Trainer:
 
     def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step; what it returns is overwritten by the next where steps are captured."""
-        inputs = x, y, *self._draw(len(y), epoch, step)
+        with products(self.by_float32):
+            return self._taken(x, y, *self._draw(len(y), epoch, step))
+
+    def _taken(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         if self.balance is not None:
             if not self.balance.done:
                 return self._seeking_step(*inputs)
             inputs = *inputs, self.balance.weight()
-        if len(y) == self.recipe.batch_size:
+        if len(inputs[0]) == self.recipe.batch_size:
             return self.whole_step(*inputs)
         return self._step(self._loss, *inputs)
 
@@ -316,7 +323,8 @@ class Trainer:
         """Logits and the features of every layer of the handle, in eval mode."""
         self.model.eval()
         handle.always = True
-        logits = (predict or self._logits)(images)
+        with products(self.by_float32):
+            logits = (predict or self._logits)(images)
         features = [handle.features[name] for name in handle.names]
         handle.always = False
         handle.clear()

@@ -22,6 +22,7 @@ from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train.capture import CudaGraph
 from sigreg_lib.train.loop import Trainer
+from sigreg_lib.train.precision import lacks_products
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SPECTRUM_EPOCHS = (1, 10, 100)  # and the last of a run
@@ -65,7 +66,8 @@ def train(
         results: folder of records; the run's file is ``results/group/<run>.json``.
         group: default the data set's name.
         checkpoints: folder of checkpoints, never to be committed.
-        compile: default: for the vision transformers where an epoch has at least 100 steps.
+        compile: default: for the vision transformers where an epoch has at least 100 steps, except
+            in bfloat16 on a processor without its products (:mod:`sigreg_lib.train.precision`).
         capture: replay whole steps from a CUDA graph; default: on CUDA.
         evaluate_every: test, and look at the layers, after every so many epochs and after the last
             of the run; other epochs have None in those columns.
@@ -99,7 +101,7 @@ def train(
 
     steps = -(-len(data.train_images) // recipe.batch_size)
     if compile is None:
-        compile = recipe.model == "vit" and steps >= 100
+        compile = recipe.model == "vit" and steps >= 100 and not lacks_products(recipe, device)
     trainer = Trainer(recipe, data, seed=seed, compile=compile, capture=graph)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -283,7 +285,7 @@ def provenance(trainer: Trainer, compile: bool, graph: type | None) -> dict[str,
         "torch": torch.__version__,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": trainer.recipe.precision,
+        "precision": trainer.recipe.precision + ", products in float32" * trainer.by_float32,
         "compiled": compile,
         **cuda,
         "mean": [round(v, 6) for v in trainer.normalization[0]],

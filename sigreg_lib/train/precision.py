@@ -1,0 +1,47 @@
+"""bfloat16 on a processor whose PyTorch kernels have no bfloat16 products.
+
+There a product falls back to scalar loops: with AVX2 a whole MLP step took sixteen times as long as
+in float32. Two bfloat16 numbers multiply exactly in float32, and matrix units add up in float32
+too: a rounded float32 product of the same matrices differs from theirs in the order of its sums.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sigreg_lib.recipes import Recipe
+
+_aten = torch.ops.aten
+PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+
+
+class Float32Products(TorchDispatchMode):
+    """Inside, products of bfloat16 matrices, forward and backward, are made in float32.
+
+    They return bfloat16. ``torch.compile`` does nothing while a dispatch mode is active.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in PRODUCTS or args[0].dtype != torch.bfloat16:
+            return func(*args, **kwargs)
+        wide = [a.float() if isinstance(a, Tensor) else a for a in args]
+        return func(*wide, **kwargs).bfloat16()
+
+
+def lacks_products(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the recipe is in bfloat16 and the device is a processor with scalar loops for it."""
+    on_cpu = device.type == "cpu" and recipe.precision == "bfloat16"
+    return on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def products(by_float32: bool) -> AbstractContextManager:
+    """What a step runs in: :class:`Float32Products`, or nothing."""
+    return Float32Products() if by_float32 else nullcontext()
