@@ -257,6 +257,24 @@ def test_variants_are_compared_with_the_plain_step(monkeypatch):
     assert rows[1]["ratio"]["median"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
 
 
+def test_without_bfloat16_products_nothing_is_compiled_in_bfloat16(monkeypatch):
+    made = []
+
+    class Spy(steps.Steps):
+        def __init__(self, name, data, **options):
+            made.append(options)
+            super().__init__(name, data, **options, depth=2, width=32, heads=2)
+
+    variants = {n: steps.VARIANTS[n] for n in ("bfloat16, eager", "bfloat16, compiled")}
+    monkeypatch.setattr(steps, "VARIANTS", variants)
+    monkeypatch.setattr(steps, "Steps", Spy)
+    monkeypatch.setattr(steps, "fake_images", lambda *a: fake_images(128, 2))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    rows = bench.bench_variants(rounds=1)
+    assert [row["variant"] for row in rows] == ["plain", "bfloat16, eager"]
+    assert [options["compile"] for options in made] == [False]
+
+
 def test_a_target_is_met_on_its_side_only():
     def row(loss, ratio):
         seconds = {"plain": 8.0, "ours": 2.0, "products": 1.0}
@@ -279,7 +297,7 @@ def test_a_target_is_met_on_its_side_only():
                 },
             }
         ],
-        "products": [{"family": "mlp", "gflops": {"bfloat16": 100.0}}],
+        "products": [{"family": "mlp", "gflops": {"bfloat16": 100.0, "float32": 50.0}}],
         "epoch": [{"recipe": "vit/weak", "seconds": seconds, "epoch": 100.0}],
     }
     judged = bench.targets(found)

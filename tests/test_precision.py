@@ -6,7 +6,7 @@ import torch
 from sigreg_lib.data import load
 from sigreg_lib.recipes import find
 from sigreg_lib.train import Trainer, train, train_seeds
-from sigreg_lib.train.precision import PRODUCTS, Float32Products, lacks_products
+from sigreg_lib.train.precision import PRODUCTS, Float32Products, lacks_products, worth_compiling
 
 CPU = torch.device("cpu")
 SMALL = {"width": 64, "batch_size": 50, "epochs": 2, "precision": "bfloat16"}
@@ -80,6 +80,9 @@ def test_gradients_go_by_way_of_float32_too(count):
 def test_only_a_processor_without_products_lacks_them(capability):
     half, full = find("mlp/weak"), find("mlp/weak").override(precision="float32")
     assert lacks_products(half, CPU) == (capability == "AVX2")
+    assert worth_compiling(find("vit/weak"), CPU) == (capability != "AVX2")
+    assert worth_compiling(find("vit/weak").override(precision="float32"), CPU)
+    assert not worth_compiling(half, CPU)
     assert not lacks_products(full, CPU)
     assert not lacks_products(half, torch.device("cuda"))
 
@@ -118,3 +121,4 @@ def test_records_say_how_products_were_made(capability, count, tmp_path):
     assert ("aten::baddbmm" in count) == (capability == "AVX2")
     by = ", products in float32" if capability == "AVX2" else ""
     assert {r.provenance["precision"] for r in (one, *several)} == {"bfloat16" + by}
+    assert one.provenance["device"].endswith(f", {capability}")

@@ -11,6 +11,7 @@ import torch
 from sigreg_lib.bench.losses import LAYERS, SIZES, loss_functions
 from sigreg_lib.bench.steps import FAMILIES, Steps, fake_images
 from sigreg_lib.recipes import find
+from sigreg_lib.train.precision import worth_compiling
 
 KINDS: dict[str, tuple[str, ...]] = {
     "products": ("mm", "addmm", "bmm", "baddbmm", "linear_pointwise", "convolution"),
@@ -88,7 +89,7 @@ def bench_profile(*, rounds: int = 3, device: str = "cpu") -> list[dict[str, Any
             rows.append({"what": what, **profile(ours, repeats=10 * rounds)})
     data = fake_images(256, 16, device)
     for family in FAMILIES:
-        compile = find(f"{family}/none").model == "vit"
+        compile = worth_compiling(find(f"{family}/none"), data.train_images.device)
         steps = Steps(f"{family}/none", data, compile=compile, compare=False)
         rows.append({"what": f"{family} step", **profile(steps.ours, repeats=rounds)})
     return rows

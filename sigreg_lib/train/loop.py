@@ -217,7 +217,8 @@ class Trainer:
         # the short last batch would be compiled for itself
         objective = self.step if len(y) == self.recipe.batch_size else self._loss
         found = () if self.balance is None else (self.balance.weight(),)
-        return objective(x, y, m, matrices, *found)
+        with products(self.by_float32):
+            return objective(x, y, m, matrices, *found)
 
     def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step; what it returns is overwritten by the next where steps are captured."""

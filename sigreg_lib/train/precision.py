@@ -42,6 +42,11 @@ def lacks_products(recipe: Recipe, device: torch.device) -> bool:
     return on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
+def worth_compiling(recipe: Recipe, device: torch.device) -> bool:
+    """Whether ``torch.compile`` makes a step of the recipe faster than it is without."""
+    return recipe.model == "vit" and not lacks_products(recipe, device)
+
+
 def products(by_float32: bool) -> AbstractContextManager:
     """What a step runs in: :class:`Float32Products`, or nothing."""
     return Float32Products() if by_float32 else nullcontext()

@@ -22,7 +22,7 @@ from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train.capture import CudaGraph
 from sigreg_lib.train.loop import Trainer
-from sigreg_lib.train.precision import lacks_products
+from sigreg_lib.train.precision import worth_compiling
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SPECTRUM_EPOCHS = (1, 10, 100)  # and the last of a run
@@ -101,7 +101,7 @@ def train(
 
     steps = -(-len(data.train_images) // recipe.batch_size)
     if compile is None:
-        compile = recipe.model == "vit" and steps >= 100 and not lacks_products(recipe, device)
+        compile = worth_compiling(recipe, device) and steps >= 100
     trainer = Trainer(recipe, data, seed=seed, compile=compile, capture=graph)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -309,14 +309,16 @@ def note_session(record: Record, current: dict[str, Any]) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
+    """The GPU's name, or the processor's and the instructions that PyTorch's kernels use there."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = "cpu"
     with contextlib.suppress(OSError):  # not on every system
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return "cpu"
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def line(record: Record, stop: int) -> str:
