@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -103,6 +104,14 @@ class ImageData:
     def size(self) -> int:
         """Height and width of the square images, in pixels."""
         return self.train_images.shape[-1]
+
+    @property
+    def checksum(self) -> str:
+        """CRC-32 of all images and labels in their order, 8 hexadecimal digits."""
+        found = 0
+        for values in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            found = zlib.crc32(values.cpu().contiguous().numpy(), found)
+        return f"{found:08x}"
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data set with its tensors on ``device``."""

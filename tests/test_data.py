@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,16 @@ def test_a_holdout_out_of_range_is_refused(holdout):
 def test_a_holdout_is_a_number_of_images_and_no_fraction(holdout):
     with pytest.raises(TypeError, match="holdout must be an integer"):
         load("digits", holdout=holdout)
+
+
+def test_the_checksum_sees_every_image_label_and_their_order(digits):
+    assert digits.checksum == load("digits").checksum and len(digits.checksum) == 8
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        values = getattr(digits, name)
+        one = values.clone()
+        one[-1] = (one[-1] + 1) % 10
+        for other in (one, values.flip(0)):
+            assert replace(digits, **{name: other}).checksum != digits.checksum
 
 
 def test_moving_keeps_everything_and_moves_every_tensor(digits):

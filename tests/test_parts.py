@@ -220,3 +220,9 @@ def test_refuses_what_is_no_batch():
         log_weak_sigreg(torch.zeros(8, 4), torch.zeros(5, 2))
     with pytest.raises(TypeError, match="floating-point"):
         log_weak_sigreg(torch.zeros(8, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("module", [LogWeakSIGReg, WeakPart])
+def test_neither_has_a_corrected_mode(module):
+    with pytest.raises(TypeError, match=f"{module.__name__} has no corrected mode"):
+        module.corrected(64)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -310,6 +311,18 @@ def test_sketches_are_independent_of_the_weights_of_the_same_seed(resample):
     # PyTorch makes normals of 16 numbers at a time: any shared stream shows in blocks of 8
     s, w = (t.detach().flatten()[:8192].view(-1, 8)[1::2].flatten() for t in (drawn[0], weights))
     assert abs(torch.corrcoef(torch.stack([s, w]))[0, 1]) < 0.06  # 4 standard errors
+
+
+@pytest.mark.parametrize("kept", ["record", "checkpoint"])
+def test_a_run_on_other_images_of_the_same_name_is_not_taken_for_this_one(tmp_path, kept):
+    recipe, data = RECIPES["digits/none"].override(**SMALL), load("digits")
+    turned = replace(data, train_images=data.train_images.flip(0))  # the same, in another order
+    own = options(tmp_path) | {"data": data}
+    assert train(recipe, epochs=1, **own).provenance["checksum"] == data.checksum
+    if kept == "checkpoint":
+        next((tmp_path / "r").rglob("*.json")).unlink()
+    with pytest.raises(ValueError, match=f"checksum {data.checksum}, here {turned.checksum}"):
+        train(recipe, epochs=1, **own | {"data": turned})
 
 
 def test_a_record_of_other_data_is_not_taken_for_this_run(tmp_path):

@@ -121,6 +121,11 @@ class _SketchedWeak(WeakSIGReg):
             sketch_dim, sketch=sketch, resample=resample, generator=generator, seed=seed
         )
 
+    @classmethod
+    def corrected(cls, *args: Any, **options: Any) -> WeakSIGReg:
+        """Not there: TypeError."""
+        raise TypeError(f"{cls.__name__} has no corrected mode: that is WeakSIGReg.corrected()")
+
 
 class LogWeakSIGReg(_SketchedWeak):
     """:func:`log_weak_sigreg` as a module that draws its sketch; a batch of one process.

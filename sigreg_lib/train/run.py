@@ -160,6 +160,7 @@ def new_record(recipe: Recipe, data: ImageData, seed: int) -> Record:
         seed=seed,
         dataset=data.name,
         epochs_planned=recipe.epochs,
+        provenance={"checksum": data.checksum},
     )
 
 
@@ -170,6 +171,7 @@ def earlier(path: Path, record: Record) -> Record | None:
     found = records.read(path)
     if (found.config, found.dataset) != (record.config, record.dataset):
         raise ValueError(f"{path} is of other settings or data ({found.dataset}): use a group")
+    _check_images(found, record, path)
     return found
 
 
@@ -182,7 +184,18 @@ def resumed(text: str, record: Record, checkpoint: Path) -> Record:
         record.seed,
     ):
         raise ValueError(f"{checkpoint} is of a run with other settings: move it away")
+    _check_images(before, record, checkpoint)
     return before
+
+
+def _check_images(before: Record, record: Record, path: Path) -> None:
+    """ValueError if a run was on other images; older records do not tell."""
+    old, new = before.provenance.get("checksum"), record.provenance["checksum"]
+    if old not in (None, new):
+        raise ValueError(
+            f"{path} is of other images named {record.dataset!r}, or of the same in another order "
+            f"(checksum {old}, here {new}): use a group"
+        )
 
 
 def save(checkpoint: Path, state: dict[str, Any]) -> None:
@@ -295,8 +308,8 @@ def provenance(trainer: Trainer, compile: bool, graph: type | None) -> dict[str,
 
 def note_session(record: Record, current: dict[str, Any]) -> None:
     """The first session's provenance stands; a later one that differs is listed in ``later``."""
-    if not record.provenance:
-        record.provenance = current | {"start": now(), "end": now(), "wall_seconds": 0.0}
+    if "start" not in record.provenance:
+        record.provenance |= current | {"start": now(), "end": now(), "wall_seconds": 0.0}
         return
     before = record.provenance
     for session in before.get("later", []):
