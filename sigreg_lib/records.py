@@ -46,11 +46,12 @@ class Record:
         epochs_planned: length of the schedule.
         status: ``partial`` (the schedule goes on), ``finished`` or ``diverged``.
         provenance: commit and whether the package was unchanged, torch, device, threads, precision,
-            compiled, captured (CUDA), mean and std of the normalization as used, checksum of images
-            and labels, start, end, wall seconds; ``lam`` the weight found, where the recipe says
-            auto and its steps of seeking are over; ``batched`` the seeds that were trained at once,
-            if so: times are then this run's share; ``later`` lists sessions that resumed the run
-            under something else, with their first epoch.
+            compiled, captured (CUDA), kernels (CPU: the instructions of PyTorch's own), mean and
+            std of the normalization as used, checksums of the images and of their order, start,
+            end, wall seconds; ``lam`` the weight found, where the recipe says auto and its steps of
+            seeking are over; ``batched`` the seeds that were trained at once, if so: times are then
+            this run's share; ``later`` lists sessions that resumed the run under something else,
+            with their first epoch.
     """
 
     recipe: str

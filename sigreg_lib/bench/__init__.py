@@ -96,6 +96,7 @@ def as_part(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
         **code(),
         "torch": torch.__version__,
         "device": device_name(torch.device(device)),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).date().isoformat(),
     }

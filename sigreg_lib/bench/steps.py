@@ -100,7 +100,7 @@ def count_operations(family: str) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     steps = Steps(f"{family}/none", fake_images(128, 2), compile=False, compare=False)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, products(steps.trainer.by_float32):
         loss, _ = steps.trainer.forward(steps.images, steps.labels, 0, 0)
         loss.backward()
     return counter.get_total_flops()

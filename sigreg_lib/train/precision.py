@@ -1,8 +1,9 @@
 """bfloat16 on a processor whose PyTorch kernels have no bfloat16 products.
 
 There a product falls back to scalar loops: with AVX2 a whole MLP step took sixteen times as long as
-in float32. Two bfloat16 numbers multiply exactly in float32, and matrix units add up in float32
-too: a rounded float32 product of the same matrices differs from theirs in the order of its sums.
+in float32. Short of over- and underflow two bfloat16 numbers multiply exactly in float32, and
+matrix units add up in float32 too: a rounded float32 product of the same matrices differs from
+theirs in the order of its sums.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ class Float32Products(TorchDispatchMode):
 
 def lacks_products(recipe: Recipe, device: torch.device) -> bool:
     """Whether the recipe is in bfloat16 and the device is a processor with scalar loops for it."""
-    on_cpu = device.type == "cpu" and recipe.precision == "bfloat16"
-    return on_cpu and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return device.type == "cpu" and recipe.precision == "bfloat16" and not _has_products()
+
+
+def _has_products() -> bool:
+    """Whether PyTorch hands the processor's bfloat16 products to oneDNN, as inductor asks it."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def worth_compiling(recipe: Recipe, device: torch.device) -> bool:

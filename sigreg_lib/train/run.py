@@ -160,7 +160,10 @@ def new_record(recipe: Recipe, data: ImageData, seed: int) -> Record:
         seed=seed,
         dataset=data.name,
         epochs_planned=recipe.epochs,
-        provenance={"checksum": data.checksum},
+        provenance={
+            "images": data.checksum(ordered=False),
+            "order": data.checksum(ordered=True),
+        },
     )
 
 
@@ -171,7 +174,7 @@ def earlier(path: Path, record: Record) -> Record | None:
     found = records.read(path)
     if (found.config, found.dataset) != (record.config, record.dataset):
         raise ValueError(f"{path} is of other settings or data ({found.dataset}): use a group")
-    _check_images(found, record, path)
+    _check_same("images", found, record, path)
     return found
 
 
@@ -184,17 +187,19 @@ def resumed(text: str, record: Record, checkpoint: Path) -> Record:
         record.seed,
     ):
         raise ValueError(f"{checkpoint} is of a run with other settings: move it away")
-    _check_images(before, record, checkpoint)
+    _check_same("images", before, record, checkpoint)
+    _check_same("order", before, record, checkpoint)  # steps would take other images
     return before
 
 
-def _check_images(before: Record, record: Record, path: Path) -> None:
-    """ValueError if a run was on other images; older records do not tell."""
-    old, new = before.provenance.get("checksum"), record.provenance["checksum"]
+def _check_same(what: str, before: Record, record: Record, path: Path) -> None:
+    """ValueError if a run was on other images, or on them in another order; older do not tell."""
+    old, new = before.provenance.get(what), record.provenance[what]
     if old not in (None, new):
+        kind = {"images": "other images", "order": "the images in another order"}[what]
         raise ValueError(
-            f"{path} is of other images named {record.dataset!r}, or of the same in another order "
-            f"(checksum {old}, here {new}): use a group"
+            f"{path} is of {kind}, named {record.dataset!r} too (checksums {old}, here {new}): "
+            "use a group"
         )
 
 
@@ -292,7 +297,10 @@ def code() -> dict[str, Any]:
 def provenance(trainer: Trainer, compile: bool, graph: type | None) -> dict[str, Any]:
     """What a run ran under."""
     device = trainer.device
-    cuda = {"captured": graph is not None} if device.type == "cuda" else {}
+    if device.type == "cuda":
+        own = {"captured": graph is not None}
+    else:
+        own = {"kernels": torch.backends.cpu.get_cpu_capability()}
     return {
         **code(),
         "torch": torch.__version__,
@@ -300,7 +308,7 @@ def provenance(trainer: Trainer, compile: bool, graph: type | None) -> dict[str,
         "threads": torch.get_num_threads(),
         "precision": trainer.recipe.precision + ", products in float32" * trainer.by_float32,
         "compiled": compile,
-        **cuda,
+        **own,
         "mean": [round(v, 6) for v in trainer.normalization[0]],
         "std": [round(v, 6) for v in trainer.normalization[1]],
     }
@@ -314,7 +322,7 @@ def note_session(record: Record, current: dict[str, Any]) -> None:
     before = record.provenance
     for session in before.get("later", []):
         before = before | session
-    changed = {k: v for k, v in current.items() if before.get(k) != v}
+    changed = {k: v for k, v in current.items() if before.get(k, v) != v}  # older ones lack some
     if changed:
         record.provenance.setdefault("later", []).append(
             {"from_epoch": record.epochs + 1} | changed
@@ -322,16 +330,14 @@ def note_session(record: Record, current: dict[str, Any]) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and the instructions that PyTorch's kernels use there."""
+    """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = "cpu"
     with contextlib.suppress(OSError):  # not on every system
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+                return line.split(":", 1)[1].strip()
+    return "cpu"
 
 
 def line(record: Record, stop: int) -> str:
