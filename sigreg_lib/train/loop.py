@@ -43,9 +43,7 @@ class Trainer:
         recipe: all settings.
         data: images and labels, already on the device to train on.
         seed: of weights, order, augmentation, sketches, drop path and dropout.
-        compile: compile the objective and the evaluation with ``torch.compile``. In bfloat16, on a
-            processor without bfloat16 products, their slow loops are then left as they are; else
-            they go by way of float32, see :mod:`sigreg_lib.train.precision`.
+        compile: objective and evaluation, leaving slow bfloat16 products as they are (`precision`).
         capture: record whole steps with this graph (``CudaGraph``) and replay them.
     """
 
@@ -222,17 +220,15 @@ class Trainer:
 
     def _train_step(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step; what it returns is overwritten by the next where steps are captured."""
+        inputs = x, y, *self._draw(len(y), epoch, step)
         with products(self.by_float32):
-            return self._taken(x, y, *self._draw(len(y), epoch, step))
-
-    def _taken(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if self.balance is not None:
-            if not self.balance.done:
-                return self._seeking_step(*inputs)
-            inputs = *inputs, self.balance.weight()
-        if len(inputs[0]) == self.recipe.batch_size:
-            return self.whole_step(*inputs)
-        return self._step(self._loss, *inputs)
+            if self.balance is not None:
+                if not self.balance.done:
+                    return self._seeking_step(*inputs)
+                inputs = *inputs, self.balance.weight()
+            if len(y) == self.recipe.batch_size:
+                return self.whole_step(*inputs)
+            return self._step(self._loss, *inputs)
 
     # -------------------------------------------------------------- one epoch
 

@@ -24,7 +24,8 @@ PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.badd
 class Float32Products(TorchDispatchMode):
     """Inside, products of bfloat16 matrices, forward and backward, are made in float32.
 
-    They return bfloat16. ``torch.compile`` does nothing while a dispatch mode is active.
+    They return bfloat16. ``torch.compile`` does nothing while a dispatch mode is active, so that
+    compiled steps run outside and keep the processor's own products, however slow.
     """
 
     def __torch_dispatch__(
