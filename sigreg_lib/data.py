@@ -7,6 +7,7 @@ parquet files of the Hugging Face hub (``uoft-cs/cifar100``) or from torchvision
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -105,26 +106,25 @@ class ImageData:
         """Height and width of the square images, in pixels."""
         return self.train_images.shape[-1]
 
-    def checksum(self, *, ordered: bool) -> str:
-        """A number of images and labels, 8 hexadecimal digits a split.
+    @functools.cached_property
+    def checksums(self) -> dict[str, str]:
+        """Numbers of images and labels, 8 hexadecimal digits a split; computed once.
 
-        Args:
-            ordered: the CRC-32 of each split as it lies there, or the sum of its images' own, which
-                does not depend on their order (the hub's files and torchvision's differ in that).
+        ``images`` is the sum of the CRC-32 of each image with its label, which does not depend on
+        their order (the hub's files and torchvision's differ in that), ``order`` the CRC-32 of the
+        split as it lies there.
         """
-        found = []
+        found: dict[str, list[str]] = {"images": [], "order": []}
         for images, labels in (
             (self.train_images, self.train_labels),
             (self.test_images, self.test_labels),
         ):
             pixels, classes = (v.cpu().contiguous().numpy() for v in (images, labels))
-            if ordered:
-                number = zlib.crc32(classes, zlib.crc32(pixels))
-            else:
-                pairs = zip(pixels, classes, strict=True)
-                number = sum(zlib.crc32(k.tobytes(), zlib.crc32(x)) for x, k in pairs) % 2**32
-            found.append(f"{number:08x}")
-        return "-".join(found)
+            pairs = zip(pixels, classes, strict=True)
+            whole = sum(zlib.crc32(k.tobytes(), zlib.crc32(x)) for x, k in pairs) % 2**32
+            found["images"].append(f"{whole:08x}")
+            found["order"].append(f"{zlib.crc32(classes, zlib.crc32(pixels)):08x}")
+        return {name: "-".join(numbers) for name, numbers in found.items()}
 
     def to(self, device: torch.device | str) -> ImageData:
         """The same data set with its tensors on ``device``."""

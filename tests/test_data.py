@@ -170,21 +170,21 @@ def test_a_holdout_is_a_number_of_images_and_no_fraction(holdout):
 
 
 def test_the_checksum_sees_every_image_label_and_their_order(digits):
-    ordered, content = digits.checksum(ordered=True), digits.checksum(ordered=False)
-    assert load("digits").checksum(ordered=True) == ordered != content
+    ordered, content = digits.checksums["order"], digits.checksums["images"]
+    assert load("digits").checksums["order"] == ordered != content
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         values = getattr(digits, name)
         one = values.clone()
         one[-1] = (one[-1] + 1) % 10
         for other in (one, values.flip(0)):  # images without their labels are other pairs
             changed = replace(digits, **{name: other})
-            assert changed.checksum(ordered=True) != ordered
-            assert changed.checksum(ordered=False) != content
+            assert changed.checksums["order"] != ordered
+            assert changed.checksums["images"] != content
     turned = {f"{s}_{v}": getattr(digits, f"{s}_{v}").flip(0)
               for s in ("train", "test") for v in ("images", "labels")}  # fmt: skip
     turned = replace(digits, **turned)
-    assert turned.checksum(ordered=True) != ordered
-    assert turned.checksum(ordered=False) == content
+    assert turned.checksums["order"] != ordered
+    assert turned.checksums["images"] == content
 
 
 def test_moving_keeps_everything_and_moves_every_tensor(digits):

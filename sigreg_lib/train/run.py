@@ -160,10 +160,7 @@ def new_record(recipe: Recipe, data: ImageData, seed: int) -> Record:
         seed=seed,
         dataset=data.name,
         epochs_planned=recipe.epochs,
-        provenance={
-            "images": data.checksum(ordered=False),
-            "order": data.checksum(ordered=True),
-        },
+        provenance=dict(data.checksums),
     )
 
 
