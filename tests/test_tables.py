@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -12,8 +13,10 @@ from matplotlib import pyplot as plt
 from sigreg_lib import RECIPES, report, tables, weak_floor
 from sigreg_lib.data import ImageData
 from sigreg_lib.paper import PUBLISHED
-from sigreg_lib.records import HISTORY, Record, spectrum_ranks
+from sigreg_lib.records import HISTORY, Record, read, spectrum_ranks
 from sigreg_lib.tables import figures, questions
+
+RECORDS = Path(__file__).parent.parent / "figures/records"
 
 
 @pytest.fixture(autouse=True)
@@ -683,3 +686,11 @@ def test_fits_are_drawn_in_the_colours_of_their_rows():
     assert list(one.get_xdata()) == [10, 40] and list(one.get_ydata()) == [9, 22]
     assert one.get_color() == report.METHODS["none"]["color"] != other.get_color()
     assert [t.get_text() for t in tables.plot_fit({}).axes[0].texts] == ["no record"]
+
+
+def test_a_look_at_layers_leaves_out_the_names_of_the_tapped_ones():
+    record = read(RECORDS / "cifar100/mlp-weak+taps=layers.4-s0.json")
+    assert record.layers["tapped"] == ["layers.4"]
+    found = tables.look(record, 100)
+    assert "tapped" not in found and len(found["regularizer"]) == 1  # of the tapped layer alone
+    assert len(found["effective_dim"]) == len(record.layers["names"]) == 5

@@ -57,7 +57,8 @@ def look(record: Record, epoch: int) -> dict[str, list]:
     if epoch not in epochs:
         raise ValueError(f"{record.name} has its layers at epochs {epochs}, not {epoch}")
     i = record.layers["epoch"].index(epoch)
-    return {k: v[i] for k, v in record.layers.items() if k not in ("names", "epoch", "spectrum")}
+    apart = ("names", "tapped", "epoch", "spectrum")
+    return {k: v[i] for k, v in record.layers.items() if k not in apart}
 
 
 def looks(record: Record) -> list[int]:
