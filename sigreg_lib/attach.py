@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sigreg_lib._dtype import at_least_float32
 from sigreg_lib._names import nearest
+from sigreg_lib.distributed import process_count
 from sigreg_lib.pooling import POOLS, Layout, pool_features, refuse_batch_second
 
 
@@ -33,7 +34,8 @@ def attach(
         model: any module; nothing is left in it after :meth:`Handle.remove`.
         layers: which submodules: names with shell wildcards (``"blocks.*"`` matches
             ``blocks.0`` but not ``blocks.0.mlp``: a ``*`` stays within one level, ``**`` crosses
-            levels: ``"**.attn"`` at any depth), modules of the model, or a list of both.
+            levels: ``"**.attn"`` at any depth), modules of the model, or a list of both. Wildcards
+            pass over what is never called, such as a ``ModuleList``.
         regularizer: :class:`~sigreg_lib.losses.WeakSIGReg`, :class:`~sigreg_lib.losses.SIGReg` or
             any callable from (N, C) to a scalar; None records features only.
         on: ``"output"`` of the layer or its first positional ``"input"``; of a tuple the first.
@@ -56,16 +58,17 @@ def attach(
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.
 
-    A model with taps cannot be pickled whole: save its ``state_dict``, or remove them first. Set
-    taps before the first call of a compiled model of the same class: compiled code that is there
-    already does not run them.
+    Copies of a model, pickled ones too, have no working taps: attach to them anew. Set taps before
+    the first call of a compiled model of the same class: compiled code that is there already does
+    not run them.
 
     Raises:
         TypeError: a regularizer that cannot be called, or a class instead of an instance.
-        ValueError: a pattern or module that matches nothing, an unknown option, wrong weights or
-            columns, or, without a callable as pool, a layer in one of PyTorch's transformers, or
-            a recurrent or attention layer of PyTorch, with ``batch_first=False``. (In modules of
-            your own a batch in second place is not seen.)
+        ValueError: a pattern or module that matches nothing or only what has no ``forward`` (a
+            ``ModuleList``), an unknown option, wrong weights or columns, or, without a callable
+            as pool, a layer in one of PyTorch's transformers, or a recurrent or attention layer of
+            PyTorch, with ``batch_first=False``. (In modules of your own a batch in second place is
+            not seen.)
 
     Example::
 
@@ -112,11 +115,12 @@ class Handle:
         self.always, self.in_training = False, True
         self.features: dict[str, Tensor] = {}
         """Pooled representations of the last forward pass by layer name, (N, C) each."""
-        # by eager code: the value, its version, and whether gradients were on
-        self._recorded: dict[str, tuple[Tensor, int, bool]] = {}
+        # the value, its version (None: it has none to watch), and whether gradients were on
+        self._recorded: dict[str, tuple[Tensor, int | None, bool]] = {}
+        # an input before its layer runs, which may write into it
+        register = "register_forward_pre_hook" if on == "input" else "register_forward_hook"
         self._hooks = [
-            module.register_forward_hook(self._hook(name, module, on))
-            for name, module in taps.items()
+            getattr(module, register)(_Tap(self, name, module)) for name, module in taps.items()
         ]
 
     def __repr__(self) -> str:
@@ -125,26 +129,16 @@ class Handle:
             f"regularizer={self.regularizer!r})"
         )
 
-    def _hook(self, name: str, tapped: nn.Module, on: str):
-        layout = Layout.of(self.model, name)  # found once, and outside of compiled code
-
-        def record(module: nn.Module, inputs: tuple, output) -> None:
-            if module is not tapped:  # a copy of the model (of averaged weights, say) has its hooks
-                return
-            if (self.model.training and self.in_training) or self.always:
-                if on == "input" and not inputs:
-                    raise RuntimeError(f"layer {name!r} is called by keywords: no input to tap")
-                value = output if on == "output" else inputs[0]
-                if isinstance(value, tuple) and value:  # attention gives (values, weights)
-                    value = value[0]
-                z = self._pooled(name, layout, value)
-                if torch.compiler.is_compiling():  # no versions there: a layer after this one may
-                    z = z.clone()  # write into its value. Fused away where none does
-                elif not z.is_inference():
-                    self._recorded[name] = z, z._version, torch.is_grad_enabled()
-                self.features[name] = z
-
-        return record
+    def _record(self, name: str, layout: Layout, value) -> None:
+        if isinstance(value, tuple) and value:  # attention gives (values, weights)
+            value = value[0]
+        z, version = self._pooled(name, layout, value), None
+        if torch.compiler.is_compiling():  # no versions there: a layer after this one may
+            z = z.clone()  # write into its value. Fused away where none does
+        elif not z.is_inference():
+            version = z._version
+        self._recorded[name] = z, version, torch.is_grad_enabled()
+        self.features[name] = z
 
     def _pooled(self, name: str, layout: Layout, value) -> Tensor:
         if callable(self.pool):
@@ -178,26 +172,29 @@ class Handle:
         missing = [name for name in self.names if name not in self.features]
         if missing:
             raise RuntimeError(
-                f"no features of {', '.join(missing)}: run the model in training mode before loss()"
+                f"no features of {', '.join(missing)}: run the model in training mode before "
+                "loss(). If it ran, then without calling them (something else uses their "
+                "parameters), or it was a copy or replica of it that ran"
             )
         taken = [self.features[name] for name in self.names]
         for name, z in zip(self.names, taken, strict=True):
             if not torch.compiler.is_compiling():
-                recorded, version, with_gradients = self._recorded.get(name, (None, 0, True))
+                recorded, version, with_gradients = self._recorded.get(name, (None, None, True))
                 if recorded is z and torch.is_grad_enabled() and not with_gradients:
                     raise RuntimeError(
                         f"layer {name!r} ran without gradients, so that its R would have none: "
-                        "under no_grad, or under activation checkpointing with use_reentrant=True "
-                        "(use_reentrant=False works)"
+                        "under no_grad or inference_mode, or under activation checkpointing with "
+                        "use_reentrant=True (use_reentrant=False works)"
                     )
-                if recorded is z and z._version != version:
+                if recorded is z and version is not None and z._version != version:
                     raise RuntimeError(
                         f"layer {name!r}: its value was changed in place after it was recorded, by "
                         "an inplace activation, say: make that one not inplace, or tap behind it"
                     )
             if z.ndim != 2:
                 raise ValueError(f"pool must make (N, C) of layer {name!r}, not {tuple(z.shape)}")
-            if len(z) < 2:
+            gathered = getattr(self.regularizer, "gather_distributed", False)
+            if len(z) < 2 and process_count(gathered) == 1:  # else the processes' sum counts
                 raise ValueError(
                     f"layer {name!r}: one sample has no covariance; leave out a last batch of one "
                     "(drop_last=True of a DataLoader)"
@@ -223,8 +220,9 @@ class Handle:
         """The weighted average of R over the tapped layers, scalar; 0 in eval mode.
 
         Raises:
-            RuntimeError: no forward pass in training mode since the taps were set or cleared, or
-                one without gradients where they are wanted now.
+            RuntimeError: no forward pass in training mode since the taps were set or cleared, one
+                that did not call a tapped layer, or one without gradients where they are wanted
+                now.
         """
         if not self.model.training and not self.always:
             tensors = itertools.chain(self.model.parameters(), self.model.buffers())
@@ -246,6 +244,33 @@ class Handle:
             hook.remove()
         self._hooks.clear()
         self.clear()
+
+
+class _Tap:
+    """The hook of one layer. What copying or pickling makes of it does nothing and holds nothing.
+
+    (A copy of a model, of averaged weights, say, has copies of its hooks.)
+    """
+
+    def __init__(
+        self, handle: Handle | None = None, name: str = "", tapped: nn.Module | None = None
+    ) -> None:
+        self.handle, self.name, self.tapped = handle, name, tapped
+        # found once, and outside of compiled code
+        self.layout = None if handle is None else Layout.of(handle.model, name)
+
+    def __reduce__(self) -> tuple:
+        return _Tap, ()
+
+    def __call__(self, module: nn.Module, inputs: tuple, output=None) -> None:
+        handle = self.handle
+        if handle is None or module is not self.tapped:  # replicas share the hooks themselves
+            return
+        if (handle.model.training and handle.in_training) or handle.always:
+            if handle.on == "input" and not inputs:
+                raise RuntimeError(f"layer {self.name!r} is called by keywords: no input to tap")
+            value = output if handle.on == "output" else inputs[0]
+            handle._record(self.name, self.layout, value)
 
 
 def _checked_weights(weights: Sequence[float], taps: dict[str, nn.Module]) -> list[float]:
@@ -303,6 +328,8 @@ def _find(model: nn.Module, layers) -> dict[str, nn.Module]:
         if isinstance(item, nn.Module):
             if item not in by_module:
                 raise ValueError(f"{type(item).__name__} is not a submodule of the model")
+            if not _has_forward(item):
+                raise ValueError(_never_called(by_module[item], item))
             found[by_module[item]] = item
             continue
         matches = [name for name in named if _matches(name, item)]
@@ -310,8 +337,23 @@ def _find(model: nn.Module, layers) -> dict[str, nn.Module]:
             near = nearest(item, named, cutoff=0.5)
             hint = f"; did you mean {near!r}?" if near and not set(item) & set("*?[") else ";"
             raise ValueError(f"no layer matches {item!r}{hint} the layers are: {', '.join(named)}")
-        found.update((name, named[name]) for name in matches)
+        called = [name for name in matches if _has_forward(named[name])]
+        if not called:
+            raise ValueError(_never_called(matches[0], named[matches[0]]))
+        found.update((name, named[name]) for name in called)
     return found
+
+
+def _has_forward(module: nn.Module) -> bool:
+    forward = getattr(module, "forward", None)  # None: in a scripted container
+    return forward is not None and getattr(forward, "__func__", None) is not nn.Module.forward
+
+
+def _never_called(name: str, module: nn.Module) -> str:
+    return (
+        f"{name!r} is a {type(module).__name__}, which has no forward to tap: name the layers in "
+        f"it, '{name}.*' say"
+    )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+import torch.optim.swa_utils
 import torch.utils.checkpoint
 import torchvision
 from helpers import seeded
@@ -93,7 +97,7 @@ ONES = ("attn.1", "mlp.1")
         ("blocks.?", [f"blocks.{i}" for i in range(10)]),
         ("blocks.[02].mlp", ["blocks.0.mlp", "blocks.2.mlp"]),
         ("*.0.*", ["blocks.0.attn", "blocks.0.mlp"]),
-        ("*", ["stem", "blocks", "head"]),
+        ("*", ["stem", "head"]),
         ("blocks.9.**", [f"blocks.9.{name}" for name in INSIDE]),
         ("**.mlp.2", [f"blocks.{i}.mlp.2" for i in range(11)]),
         ("blocks.**.mlp.0", [f"blocks.{i}.mlp.0" for i in range(11)]),
@@ -109,9 +113,24 @@ def test_patterns_stay_within_a_level_unless_they_say_otherwise(pattern, names):
     assert set(handle.names) == set(names) and len(handle.names) == len(names)
 
 
-def test_two_stars_match_every_layer():
+def test_two_stars_match_every_layer_that_can_be_called():
     net = Net()
-    assert list(attach(net, "**", None).names) == [name for name, _ in net.named_modules() if name]
+    named = [name for name, _ in net.named_modules() if name not in ("", "blocks")]
+    assert list(attach(net, "**", None).names) == named
+
+
+def test_a_container_that_is_never_called_is_refused():
+    net = Net()
+    net.more = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    for layers in ("blocks", net.blocks, ["stem", "blocks"]):
+        with pytest.raises(
+            ValueError, match=r"'blocks' is a ModuleList, .*no forward.*'blocks\.\*'"
+        ):
+            attach(net, layers, None)
+    with pytest.raises(ValueError, match="'more' is a ModuleDict"):
+        attach(net, "mor*", None)
+    net.more.forward = nn.Identity().forward  # given to the instance
+    assert attach(net, "more", None).names == ("more",)
 
 
 def test_lists_modules_and_patterns_tap_each_layer_once_in_the_order_given():
@@ -218,6 +237,17 @@ def test_a_value_that_is_changed_in_place_is_not_regularized_in_silence():
     torch.testing.assert_close(handle.losses()[0], weak_sigreg(net[0](x)))
 
 
+def test_an_input_into_which_its_own_layer_writes_is_not_regularized_in_silence():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    initialize(net)
+    handle, x = attach(net, "1", WeakSIGReg(), on="input"), inputs(12, 4)
+    net(x)
+    with pytest.raises(RuntimeError, match="layer '1': its value was changed in place"):
+        handle.loss()
+    torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(handle.loss(), weak_sigreg(net[0](x)))
+
+
 def test_compiled_code_may_change_a_value_in_place_after_it_was_tapped():
     def stack(inplace: bool) -> nn.Module:
         net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 3))
@@ -266,6 +296,22 @@ def test_a_loss_that_would_have_no_gradient_is_refused():
     with torch.no_grad():  # a value is all that is wanted
         nets[False](x)
         assert handles[False].loss() > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_pass_without_gradients_gives_no_loss_where_they_are_on(off, compiled):
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh()), inputs(12, 4)
+    handle = attach(net, "0", WeakSIGReg())
+    run = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+    with off():
+        run(x)
+        assert handle.loss() > 0
+    with pytest.raises(RuntimeError, match="'0' ran without gradients"):
+        handle.loss()
+    run(x)
+    handle.loss().backward()
+    assert net[0].weight.grad.abs().sum() > 0
 
 
 def test_weights_and_columns_may_come_as_tensors_and_arrays():
@@ -485,6 +531,29 @@ def test_a_loss_without_a_forward_pass_is_an_error():
         attach(net, "stem", None).loss()
 
 
+def test_the_error_tells_of_a_layer_that_is_used_without_being_called():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    net, x = Model(), inputs(12, 5, 4)
+    handle = attach(net, "**", WeakSIGReg())
+    net(x)
+    assert set(handle.features) == {"attention"}
+    with pytest.raises(
+        RuntimeError, match=r"no features of attention\.out_proj: .*without calling"
+    ):
+        handle.loss()
+    handle = attach(net, "attention", WeakSIGReg())
+    copy.deepcopy(net)(x)
+    with pytest.raises(RuntimeError, match=r"no features of attention: .*a copy or replica"):
+        handle.loss()
+
+
 def test_the_last_of_several_runs_of_a_layer_counts():
     layer = nn.Linear(4, 4)
     initialize(layer)
@@ -505,7 +574,71 @@ def test_a_copy_of_the_model_does_not_feed_the_taps():
     torch.testing.assert_close(handle.features["stem"], net.stem(x))
 
 
+@pytest.mark.parametrize("on", ["output", "input"])
+def test_replicas_do_not_feed_the_taps(on):
+    net = Net()
+    handle = attach(net, "stem", None, on=on)
+    replica = net.stem._replicate_for_data_parallel()
+    replica.weight, replica.bias = net.stem.weight, net.stem.bias
+    replica(inputs(12, 4))
+    assert handle.features == {}
+
+
+def test_a_copy_does_not_keep_the_model_alive():
+    net = Net(depth=1)
+    handle = attach(net, ["stem", "head"], WeakSIGReg())
+    handle.model(inputs(12, 4))
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    alive = weakref.ref(net)
+    handle.remove()
+    del net, handle
+    gc.collect()
+    assert alive() is None
+    averaged(inputs(12, 4))
+
+
+def test_models_with_taps_and_their_copies_can_be_saved_whole():
+    net, x = Net(depth=1), inputs(12, 4)
+    handle = attach(net, "stem", WeakSIGReg(), pool=lambda z: z)  # which cannot be pickled
+    attach(net, "head", WeakSIGReg(), on="input")
+    for model in (net, copy.deepcopy(net)):
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert torch.equal(loaded(x), model(x))
+        handle.clear()
+        loaded(x)
+        assert handle.features == {}
+        attach(loaded, "stem", WeakSIGReg()).model(x)
+    net(x)
+    assert set(handle.features) == {"stem"}
+
+
 # ---------------------------------------------------------------- no trace
+
+
+def test_cleared_features_are_freed():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+    handle = attach(net, "0", WeakSIGReg())
+    net(inputs(12, 4))
+    alive = weakref.ref(handle.features["0"])
+    assert alive() is not None
+    handle.clear()
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("kind", ["compiled", "inference"])
+def test_a_later_pass_of_another_kind_frees_the_features_of_an_eager_one(kind):
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh()), inputs(12, 4)
+    handle = attach(net, "0", WeakSIGReg())
+    net(x)
+    alive = weakref.ref(handle.features["0"])
+    with torch.inference_mode(kind == "inference"):
+        (torch.compile(net, backend="eager", fullgraph=True) if kind == "compiled" else net)(x)
+    gc.collect()
+    assert alive() is None
 
 
 def hooks(net: nn.Module) -> Iterator[dict]:
@@ -520,7 +653,7 @@ def test_removal_leaves_the_model_as_it_was():
     state, before = copy.deepcopy(net.state_dict()), list(hooks(net))
     attributes = [set(vars(module)) for module in net.modules()]
     handle = attach(net, "**", WeakSIGReg(5), pool="mean")
-    other = attach(net, "stem", None)
+    other = attach(net, "stem", None, on="input")
     assert list(net.state_dict()) == list(state) and len(list(net.modules())) == len(attributes)
     net(x)
     handle.remove()
