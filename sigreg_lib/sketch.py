@@ -102,14 +102,16 @@ _STREAM = (
 class MatrixSource:
     """Gives a loss its random matrix, one for each number of channels, fixed or drawn anew.
 
-    A fixed matrix of C channels depends on (seed, C) alone: it needs no place in a checkpoint and
-    is the same in every process. A redrawn one is the next draw of the generator.
+    A fixed matrix of C channels depends on (seed, C) alone, whatever widths came before: it needs
+    no place in a checkpoint and is the same in every process. A redrawn one is the next draw of the
+    generator.
 
     Args:
         kind: ``"gaussian"``, ``"orthonormal"`` or ``"directions"``.
         n_columns: K; an orthonormal matrix has min(K, C) columns.
         resample: draw anew at every call.
         generator: source of the draws, on any device; default a private one seeded from ``seed``.
+            For fixed matrices one draw is made here, which takes the place of ``seed``.
         seed: of the private generator, and of fixed matrices when no generator is given.
     """
 
@@ -127,6 +129,10 @@ class MatrixSource:
             raise ValueError(f"unknown kind of sketch {kind!r}; did you mean {near!r}?")
         if isinstance(n_columns, bool) or not isinstance(n_columns, int) or n_columns < 1:
             raise ValueError(f"the number of columns must be a positive int, not {n_columns!r}")
+        if generator is not None and not resample:
+            # below 2^40, so that what is made of it below is still a seed
+            seed = int(torch.randint(1 << 40, (), device=generator.device, generator=generator))
+            generator = None
         self.kind, self.n_columns, self.resample, self.seed = kind, n_columns, resample, seed
         self.generator = generator
         self._fixed: dict[int, Tensor] = {}
@@ -144,8 +150,7 @@ class MatrixSource:
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
-        if self.generator is None:
-            state["_fixed"] = {}  # the seed gives them again; a generator that moved on would not
+        state["_fixed"] = {}  # the seed gives them again
         if isinstance(self.generator, torch.Generator):  # generators themselves are not copied
             copy = torch.Generator(self.generator.device)
             copy.set_state(self.generator.get_state())

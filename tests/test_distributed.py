@@ -13,11 +13,12 @@ from helpers import seeded
 from torch import Tensor, nn
 
 from sigreg_lib.distributed import process_count, sample_count, sum_over_processes
-from sigreg_lib.losses import SIGReg, WeakSIGReg, strong_values, weak_values
+from sigreg_lib.losses import SIGReg, WeakSIGReg, _kernels, strong_values, weak_values
 from sigreg_lib.sketch import directions
 
 WORLD = 2
 SHARES = {"small": (7, 5), "large": (300, 180)}  # samples in each process
+FEW = ((1, 1), (1, 4), (3, 0), (4, 0), (0, 1), (3, 3))
 N_IN, WIDTH = 6, 9
 
 REGULARIZERS: dict[str, Callable[..., nn.Module]] = {
@@ -55,8 +56,25 @@ def loss_and_gradients(regularizer: nn.Module, x: Tensor, layers: int) -> tuple[
     return loss.detach(), *(p.grad for p in net.parameters())
 
 
+def direction_gradients(z: Tensor, gather: bool) -> tuple[Tensor, ...]:
+    """Strong's gradients of its directions, where the batch wants one too and where not."""
+    slices = directions(N_IN, 5, generator=seeded(1)).double().requires_grad_()
+    found = []
+    for wanted in (True, False):
+        values = strong_values(
+            torch.stack([z, z.tanh()]).requires_grad_(wanted), slices, gather_distributed=gather
+        )
+        (gradient,) = torch.autograd.grad(values @ torch.tensor([1.0, 3.0]).to(z), slices)
+        if gather:  # what data-parallel training does
+            dist.all_reduce(gradient)
+            gradient /= WORLD
+        found.append(gradient)
+    return tuple(found)
+
+
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 + rank)  # the sums must not depend on it
+    _kernels._CHUNK = 1 << 11  # "large" takes several chunks
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=WORLD)
     found: dict[object, object] = {}
     for name, size, layers in CASES:
@@ -83,6 +101,20 @@ def worker(rank: int, folder: str) -> None:
         except NotImplementedError as error:
             refused.append(str(error))
     found["refused"] = refused
+    found["directions"] = direction_gradients(batch("small").split(SHARES["small"])[rank], True)
+    for shares in FEW:
+        mine = batch("small")[: sum(shares)].split(shares)[rank]
+        for name in ("weak", "corrected", "strong"):
+            try:
+                loss, *gradients = loss_and_gradients(
+                    REGULARIZERS[name](gather_distributed=True), mine, 2
+                )
+            except ValueError as error:
+                found[name, shares] = str(error)
+                continue
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+            found[name, shares] = loss, *(g / WORLD for g in gradients)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -133,6 +165,27 @@ def test_second_derivatives_of_a_gathered_loss_are_refused_and_not_wrong(results
     for found in results:
         assert len(found["refused"]) == 2
         assert all("second derivatives" in message for message in found["refused"])
+
+
+def test_gradients_of_directions_are_those_of_one_process_with_the_whole_batch(results):
+    expected = direction_gradients(batch("small"), False)
+    for found in results:
+        torch.testing.assert_close(found["directions"], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shares", FEW)
+@pytest.mark.parametrize("name", ["weak", "corrected", "strong"])
+def test_the_samples_of_all_processes_count_and_all_raise_where_they_are_too_few(
+    name, shares, results
+):
+    n, needed = sum(shares), 4 if name == "corrected" else 2
+    if n < needed:
+        for found in results:
+            assert f"all processes together have {n} samples; needs {needed}" in found[name, shares]
+        return
+    expected = loss_and_gradients(REGULARIZERS[name](), batch("small")[:n], 2)
+    for found in results:
+        torch.testing.assert_close(found[name, shares], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", REGULARIZERS.values(), ids=REGULARIZERS.keys())

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sigreg_lib.losses import (
     STRONG_GRIDS,
+    LogWeakSIGReg,
     SIGReg,
     WeakSIGReg,
     _kernels,
@@ -27,6 +28,7 @@ from sigreg_lib.losses import (
     weak_floor,
     weak_sigreg,
     weak_values,
+    whiten,
 )
 from sigreg_lib.sketch import directions, gaussian, orthonormal
 
@@ -212,6 +214,18 @@ def test_weak_is_zero_with_zero_gradient_where_the_covariance_is_exactly_the_ide
         value, gradient = transform(lambda x: weak_sigreg(x, squared=squared), z)
         assert value.item() == 0
         assert torch.equal(gradient, torch.zeros_like(z))
+
+
+@every_case
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_pass_inside_autocast_is_that_outside_near_the_goal_too(case, create_graph):
+    z = whiten(normal(64, 7, seed=60)) + 1e-2 * normal(64, 7, seed=61)
+    loss = case.loss(orthonormal(7, 7, generator=seeded(62)))
+    _, expected = value_and_gradient(loss, z)
+    leaf = z.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(loss(leaf), leaf, create_graph=create_graph)
+    assert relative_error(found.detach(), expected) < 5e-4
 
 
 @every_case
@@ -622,6 +636,13 @@ def test_combine_is_convex_by_default_and_additive_on_request():
             combine(task, r, lam, convex=convex)
 
 
+def test_modules_say_what_they_take_and_whether_they_gather():
+    assert repr(LogWeakSIGReg(5)).endswith("(sketch_dim=5, sketch='gaussian', resample=True)")
+    for make in (WeakSIGReg, SIGReg):
+        assert "gather" not in repr(make())
+        assert repr(make(gather_distributed=True)).endswith(", gather_distributed=True)")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -648,6 +669,13 @@ def test_combine_is_convex_by_default_and_additive_on_request():
         (lambda: WeakSIGReg(unbiased=True), ValueError, "squared=True"),
         (lambda: weak_floor(128, 256, 64, sketch="orthonomal"), ValueError, "'orthonomal'"),
         (lambda: weak_floor(1, 256), ValueError, "at least 2, not 1"),
+        (
+            lambda: weak_floor(3, 256, 64, squared=True, unbiased=True),
+            ValueError,
+            "at least 4, not 3",
+        ),
+        (lambda: weak_sigreg(torch.ones(9, 3), torch.ones(3, 0)), ValueError, "sketch has no col"),
+        (lambda: strong_sigreg(torch.ones(9, 3), torch.ones(3, 0)), ValueError, "directions has"),
         (lambda: weak_floor(9, 256, unbiased=True), ValueError, "squared=True"),
     ],
 )

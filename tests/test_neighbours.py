@@ -181,6 +181,12 @@ def test_works_under_torch_func(loss):
 # ------------------------------------------------------------------------------- modules
 
 
+@pytest.mark.parametrize(("gamma", "eps"), [(0.01, 1e-4), (0.5, 0.25), (0.1, 0.25)])
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_no_hinge_is_left_of_the_floor_where_eps_alone_is_wide_enough(gamma, eps, n):
+    assert VCReg(gamma=gamma, eps=eps).floor(n, 8) == pytest.approx(0.04 * 7 / (n - 1))
+
+
 @pytest.mark.parametrize("n, c", [(2, 3), (3, 5), (16, 8), (128, 32)])
 @pytest.mark.parametrize("module", [VCReg(2.0, 0.3), VCReg(gamma=1.5, eps=0.1), DeCov()])
 def test_the_floor_is_the_mean_over_white_gaussian_batches(module, n, c):

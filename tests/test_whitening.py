@@ -18,6 +18,7 @@ from sigreg_lib.losses import (
     whiten,
     whitening_penalty,
 )
+from sigreg_lib.losses.whitening import _InverseRoot
 
 TRANSFORMS = {
     "zca": whiten,
@@ -275,3 +276,24 @@ def test_errors_name_the_argument_and_what_would_be_right():
     for function in (whiten, iterative_whiten, batch_normalize):
         with pytest.raises(ValueError, match=r"eps must be >= 0 and finite, not -1\.0"):
             function(z, eps=-1.0)
+
+
+def test_the_gradient_of_whitening_survives_small_features():
+    # both whiten to the same: their gradients differ by the factor alone
+    z, g = (torch.randn(32, 4, generator=seeded(s)) for s in (70, 71))
+    large, small = z.clone().requires_grad_(), (1e-10 * z).requires_grad_()
+    for leaf in (large, small):
+        whiten(leaf).backward(g)
+    torch.testing.assert_close(1e-10 * small.grad, large.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_backward_pass_of_the_inverse_root_leaves_autocast():
+    a = torch.eye(4) + torch.ones(4, 4) / 8
+    g = torch.randn(4, 4, generator=seeded(72))
+    gradients = []
+    for enabled in (False, True):
+        leaf = a.clone().requires_grad_()
+        root = _InverseRoot.apply(leaf, 0.0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            gradients += torch.autograd.grad(root, leaf, g)
+    torch.testing.assert_close(*gradients)

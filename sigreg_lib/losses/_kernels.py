@@ -7,6 +7,7 @@ as an autograd function whose forward pass prepares the gradient. Tests hold bot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 from sigreg_lib.distributed import process_count, sample_count, sum_over_processes
 
 _CHUNK = 1 << 13  # projections a thread handles at once: 8 complex powers of them fit a core's L2
+_GATHERED_CHUNKS = 4  # of them at once when gathering, however many threads a process has
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -29,6 +31,14 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 def _is_transformed(*tensors: Tensor) -> bool:
     """Under torch.func, whose transforms these autograd functions do not serve."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
+def _whole_count(local: int, at_least: int, device: torch.device, gather: bool) -> int:
+    """N over all processes; where it is too small all of them raise, and none waits."""
+    n = sample_count(local, device, gather)
+    if process_count(gather) > 1 and n < at_least:
+        raise ValueError(f"all processes together have {n} samples; needs {at_least}")
+    return n
 
 
 # ---------------------------------------------------------------- covariance (Weak)
@@ -79,7 +89,8 @@ class _CovarianceDeviation(torch.autograd.Function):
         ctx.options = squared, unbiased
         ctx.processes = process_count(gather)
         y = z if sketch is None else z @ sketch
-        n, k = sample_count(y.shape[-2], y.device, gather), y.shape[-1]
+        n = _whole_count(y.shape[-2], 4 if unbiased else 2, y.device, gather)
+        k = y.shape[-1]
         if ctx.processes == 1:
             mean = y.mean(-2, keepdim=True)
         else:
@@ -121,8 +132,9 @@ class _CovarianceDeviation(torch.autograd.Function):
                 return _covariance_expression(x, sketch, *ctx.options)
 
             return _derive(expression, z, grad), *nothing
-        gradient = gradient * (grad * ctx.processes)[..., None, None]
-        return (gradient if sketch is None else gradient @ sketch.mT), *nothing
+        with without_autocast(z.device.type):  # backward may be called inside it
+            gradient = gradient * (grad * ctx.processes)[..., None, None]
+            return (gradient if sketch is None else gradient @ sketch.mT), *nothing
 
 
 # ---------------------------------------------------------------- characteristic function (Strong)
@@ -191,7 +203,8 @@ def _project(z: Tensor, directions: Tensor, dt: float) -> Tensor:
     """
     flat = z.reshape(-1, z.shape[-1])
     angles = torch.addmm(z.new_zeros(()), directions.T, flat.T, beta=0, alpha=dt)
-    return angles.view(-1, z.shape[-2])
+    # no -1: among several processes one may have no samples
+    return angles.view(directions.shape[-1] * math.prod(z.shape[:-2]), z.shape[-2])
 
 
 def _characteristic_expression(
@@ -217,12 +230,14 @@ def _rows_with_gradient(
     at a time: with w = exp(i dt a.z) every grid point is a power of w, powers come by doubling, and
     for m_j = mean_n w^j - g_j the gradient is sum_j 2 W_j t_j Re(i conj(m_j) w^j). Memory O(R N).
     """
-    n = sample_count(rows.shape[-1], rows.device, gather)
+    n = _whole_count(rows.shape[-1], 2, rows.device, gather)
     grid = _grid(t_max, points, rows)
     size = len(rows)
     if rows.device.type == "cpu":
-        share = max(1, n // process_count(gather))  # the same everywhere, as the sums must be
-        size = max(1, min(size, _CHUNK * torch.get_num_threads() // share))
+        # the same in every process, as the shapes of the sums must be
+        processes = process_count(gather)
+        at_once = torch.get_num_threads() if processes == 1 else _GATHERED_CHUNKS
+        size = max(1, min(size, _CHUNK * at_once // max(1, n // processes)))
     values = []
     for angle in rows.split(size) if size < len(rows) else (rows,):
         powers = _powers(angle, points)  # (points, rows, N)
@@ -280,7 +295,7 @@ class _CharacteristicDeviation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, directions, t_max, points, unbiased, gather) -> Tensor:
         rows = _project(z, directions, t_max / points)
-        with_gradient = ctx.needs_input_grad[0]
+        with_gradient = any(ctx.needs_input_grad[:2])
         values = _rows_with_gradient(rows, t_max, points, unbiased, gather, with_gradient)
         ctx.save_for_backward(z, directions, rows if with_gradient else None)
         ctx.options = t_max, points, unbiased
@@ -290,20 +305,28 @@ class _CharacteristicDeviation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         z, directions, gradient = ctx.saved_tensors
-        nothing = (None,) * 5
+        nothing = (None,) * 4
         if gradient is None:
-            return None, *nothing
+            return None, None, *nothing
         if torch.is_grad_enabled():  # a derivative of this gradient is wanted
             _refuse_second_derivative(ctx.processes)
 
             def expression(x: Tensor) -> Tensor:
                 return _characteristic_expression(x, directions, *ctx.options)
 
-            return _derive(expression, z, grad), *nothing
-        k = directions.shape[-1]
+            # directions have no gradient here: alone, those that want one take the expression
+            return _derive(expression, z, grad), None, *nothing
+        k, n = directions.shape[-1], z.shape[-2]
         scale = grad.reshape(1, -1, 1) * (ctx.processes / k)
-        by_sample = (gradient.view(k, -1, z.shape[-2]) * scale).view(k, -1).T
-        return (by_sample @ directions.T).view(z.shape), *nothing
+        # (K, samples of all batches)
+        rows = (gradient.view(k, grad.numel(), n) * scale).view(k, grad.numel() * n)
+        in_z, in_directions, *_ = ctx.needs_input_grad
+        with without_autocast(z.device.type):  # backward may be called inside it
+            return (
+                (rows.T @ directions.T).view(z.shape) if in_z else None,
+                (rows @ z.reshape(-1, z.shape[-1])).T if in_directions else None,
+                *nothing,
+            )
 
 
 def _powers(angle: Tensor, points: int) -> Tensor:
@@ -321,7 +344,8 @@ def _powers(angle: Tensor, points: int) -> Tensor:
 
 def _derive(expression: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
     """The gradient of the expression, itself differentiable in x and grad."""
-    return torch.autograd.grad(expression(x), x, grad, create_graph=True)[0]
+    with without_autocast(x.device.type):
+        return torch.autograd.grad(expression(x), x, grad, create_graph=True)[0]
 
 
 def _refuse_second_derivative(processes: int) -> None:

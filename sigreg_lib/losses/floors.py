@@ -26,7 +26,7 @@ def weak_floor(
     C = 40, K = 24; more at small K, 3% at N = C = 128, K = 4 and 20% there at K = 1).
 
     Args:
-        n_samples: N, at least 2.
+        n_samples: N, at least 2 (4 if unbiased).
         n_channels: C.
         sketch_dim: K; None, or C <= K, means no sketch.
         sketch: ``"gaussian"`` or ``"orthonormal"``.
@@ -35,14 +35,14 @@ def weak_floor(
             K(K+1)/C.
 
     Raises:
-        ValueError: an unknown sketch, fewer than two samples, or unbiased without squared.
+        ValueError: an unknown sketch, too few samples, or unbiased without squared.
     """
     if sketch not in ("gaussian", "orthonormal"):
         raise ValueError(f"sketch must be 'gaussian' or 'orthonormal', not {sketch!r}")
-    if n_samples < 2:
-        raise ValueError(f"n_samples must be at least 2, not {n_samples!r}")
     if unbiased and not squared:
         raise ValueError("unbiased=True estimates the squared norm: pass squared=True with it")
+    if n_samples < (least := 4 if unbiased else 2):
+        raise ValueError(f"n_samples must be at least {least}, not {n_samples!r}")
     c = n_channels
     k = c if sketch_dim is None or c <= sketch_dim else sketch_dim
     from_sketch = k * (k + 1) / c if k < c and sketch == "gaussian" else 0.0

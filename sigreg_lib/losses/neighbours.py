@@ -223,12 +223,15 @@ class VCReg(nn.Module):
                   + \nu\, \frac{C - 1}{N - 1}
         """
         m = n_samples - 1
-        top = math.sqrt(max(self.gamma**2 - self.eps, 0.0))
+        overlap = self.covariance * (n_channels - 1) / m
+        if self.gamma**2 <= self.eps:  # eps alone is wide enough: no hinge is left
+            return overlap
+        top = math.sqrt(self.gamma**2 - self.eps)
         s = torch.linspace(0, top, 20_001, dtype=torch.float64)[1:]  # standard deviations
         log_norm = math.log(2) + m / 2 * math.log(m / 2) - math.lgamma(m / 2)
         density = torch.exp(log_norm + (m - 1) * s.log() - m / 2 * s.square())
         hinge = torch.trapezoid((self.gamma - (s.square() + self.eps).sqrt()) * density, s)
-        return self.variance * float(hinge) + self.covariance * (n_channels - 1) / m
+        return self.variance * float(hinge) + overlap
 
     def forward(self, z: Tensor) -> Tensor:
         """Scalar loss of z, shape (..., N, C)."""

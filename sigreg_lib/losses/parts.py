@@ -121,6 +121,10 @@ class _SketchedWeak(WeakSIGReg):
             sketch_dim, sketch=sketch, resample=resample, generator=generator, seed=seed
         )
 
+    def extra_repr(self) -> str:
+        s = self.source
+        return f"sketch_dim={s.n_columns}, sketch={s.kind!r}, resample={s.resample}"
+
     @classmethod
     def corrected(cls, *args: Any, **options: Any) -> WeakSIGReg:
         """Not there: TypeError."""

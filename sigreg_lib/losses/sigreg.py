@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sigreg_lib._dtype import at_least_float32
+from sigreg_lib.distributed import process_count
 from sigreg_lib.losses import _kernels
 from sigreg_lib.losses.floors import check_grid, strong_floor, weak_floor
 from sigreg_lib.sketch import MatrixSource
@@ -35,7 +36,7 @@ def weak_sigreg(
 
     Args:
         z: representations, shape (..., N, C), any float dtype, N >= 2 (N >= 4 if unbiased).
-        sketch: S, shape (C, K); None (default) uses the channels as they are.
+        sketch: S, shape (C, K), K >= 1; None (default) uses the channels as they are.
         squared: return the square of the norm.
         unbiased: estimate the squared norm of the population's deviation without the bias of a
             finite batch; it may be negative. Needs ``squared=True``: an unbiased estimate has no
@@ -68,10 +69,16 @@ def weak_values(
     unbiased: bool = False,
     gather_distributed: bool = False,
 ) -> Tensor:
-    """:func:`weak_sigreg` for each batch: shape (...) instead of the mean over it."""
+    """:func:`weak_sigreg` for each batch: shape (...) instead of the mean over it.
+
+    With ``gather_distributed`` N is the number of samples of all processes together: each may hold
+    as few as it likes, none too, and all raise where the whole is too small.
+    """
     if unbiased and not squared:
         raise ValueError("unbiased=True estimates the squared norm: pass squared=True with it")
-    _check_samples(z, at_least=4 if unbiased else 2)
+    # among several processes it is their sum that counts, known where it is taken
+    shared = process_count(gather_distributed) > 1
+    _check_samples(z, at_least=0 if shared else 4 if unbiased else 2)
     _check_matrix(z, sketch, "sketch")
     with _kernels.without_autocast(z.device.type):
         z = at_least_float32(z)
@@ -97,7 +104,7 @@ def strong_sigreg(
 
     Args:
         z: representations, shape (..., N, C), any float dtype, N >= 2.
-        directions: a_k as columns of unit length, shape (C, K).
+        directions: a_k as columns of unit length, shape (C, K), K >= 1.
         t_max: end of the grid, in units of 1/standard deviation.
         n_points: points on [-t_max, t_max], odd. LeJEPA's grid is ``t_max=3.0, n_points=33``.
         unbiased: subtract the bias of a finite batch, (1 - |phi|^2)/(N - 1) at every point; the
@@ -126,8 +133,12 @@ def strong_values(
     unbiased: bool = False,
     gather_distributed: bool = False,
 ) -> Tensor:
-    """:func:`strong_sigreg` for each batch: shape (...) instead of the mean over it."""
-    _check_samples(z, at_least=2)
+    """:func:`strong_sigreg` for each batch: shape (...) instead of the mean over it.
+
+    ``gather_distributed`` as in :func:`weak_values`. Gradients of z and of ``directions`` are then
+    scaled for data-parallel averaging.
+    """
+    _check_samples(z, at_least=0 if process_count(gather_distributed) > 1 else 2)
     _check_matrix(z, directions, "directions")
     check_grid(t_max, n_points)
     with _kernels.without_autocast(z.device.type):
@@ -173,7 +184,10 @@ class WeakSIGReg(nn.Module):
         squared, unbiased: see :func:`weak_sigreg`.
         generator: source of the draws; default a private one seeded from ``seed``, so that all
             processes of a distributed run draw the same S. Its state is not in the module's
-            ``state_dict``: a run that is to resume exactly hands in its own and saves that.
+            ``state_dict``: a run that is to resume exactly hands in its own and saves its state,
+            to be set again after the module is built. With ``resample=False`` one seed is taken
+            from it here, at construction, and every S follows from that and C: build the module
+            as at first, and it has the same S.
         seed: of the private generator.
         gather_distributed: statistics of the batch of all processes (gradients are scaled for
             data-parallel averaging, see :mod:`sigreg_lib.distributed`).
@@ -248,7 +262,7 @@ class WeakSIGReg(nn.Module):
         s = self.source
         return (
             f"sketch_dim={s.n_columns}, sketch={s.kind!r}, resample={s.resample}, "
-            f"squared={self.squared}, unbiased={self.unbiased}"
+            f"squared={self.squared}, unbiased={self.unbiased}{_gathers(self)}"
         )
 
 
@@ -315,8 +329,12 @@ class SIGReg(nn.Module):
         s = self.source
         return (
             f"num_slices={s.n_columns}, t_max={self.t_max}, n_points={self.n_points}, "
-            f"unbiased={self.unbiased}, resample={s.resample}"
+            f"unbiased={self.unbiased}, resample={s.resample}{_gathers(self)}"
         )
+
+
+def _gathers(module: WeakSIGReg | SIGReg) -> str:
+    return ", gather_distributed=True" if module.gather_distributed else ""
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -339,3 +357,5 @@ def _check_matrix(z: Tensor, matrix: Tensor | None, name: str) -> None:
         raise ValueError(
             f"{name} must have shape (C, K) with C = {z.shape[-1]}, not {tuple(matrix.shape)}"
         )
+    if matrix is not None and not matrix.shape[1]:
+        raise ValueError(f"{name} has no columns: shape {tuple(matrix.shape)}")

@@ -182,11 +182,13 @@ class _InverseRoot(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         inverse, vectors, kept = ctx.saved_tensors
         x, y = inverse[..., :, None], inverse[..., None, :]
-        # both kept: -xy / (1/x + 1/y); one of them null: x^3, its cube; both: 0
+        # both kept: -xy / (1/x + 1/y), without the square of xy, which overflows early; one of
+        # them null: x^3, its cube; both: 0
         both = kept[..., :, None] & kept[..., None, :]
-        slope = torch.where(both, -((x * y).square()) / (x + y), (x + y) ** 3)
-        inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
-        return vectors @ (slope * inner) @ vectors.mT, None
+        slope = torch.where(both, -(x * y) * ((x * y) / (x + y)), (x + y) ** 3)
+        with torch.autocast(grad.device.type, enabled=False):  # backward may be called inside it
+            inner = vectors.mT @ ((grad + grad.mT) / 2) @ vectors
+            return vectors @ (slope * inner) @ vectors.mT, None
 
 
 def _centred(z: Tensor) -> Tensor:
