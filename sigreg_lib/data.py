@@ -58,6 +58,8 @@ class ImageData:
         class_names: one name a class, in the order of the labels.
         mean: of the training images for each channel, computed in float64, in units where 255 is 1.
         std: population standard deviation, likewise.
+        holdout: number of training images that are the test set; 0, the default, where it is the
+            true one. A recipe with another ``holdout`` refuses the data.
 
     Raises:
         ValueError: images are not uint8 (N, C, H, H), or labels do not pair with them.
@@ -71,6 +73,7 @@ class ImageData:
     class_names: tuple[str, ...] = field(repr=False)
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    holdout: int = 0
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -187,7 +190,26 @@ def load(
         train, test = (train[0][kept], train[1][kept]), (train[0][held], train[1][held])
         name = f"{name}-holdout{holdout}"
     mean, std = _channel_statistics(train[0])
-    return ImageData(name, *train, *test, class_names, mean, std).to(device)
+    return ImageData(name, *train, *test, class_names, mean, std, holdout).to(device)
+
+
+def with_holdout(
+    data: ImageData | str | Path, holdout: int, *, download: bool = False
+) -> ImageData:
+    """A data set as it is, or what :func:`load` makes of anything else.
+
+    Raises:
+        ValueError: it holds out another number of images: tuning would be on the test set, or what
+            was held out pass for it.
+    """
+    if not isinstance(data, ImageData):
+        return load(data, download=download, holdout=holdout)
+    if data.holdout != holdout:
+        raise ValueError(
+            f"the recipe says holdout={holdout}, but the data {data.name!r} has "
+            f"holdout={data.holdout}: load(..., holdout={holdout}) it, or override the recipe"
+        )
+    return data
 
 
 def _folder(data: str | os.PathLike[str]) -> Path:

@@ -35,6 +35,9 @@ class Recipe:
     :func:`~sigreg_lib.losses.log_weak_sigreg`; ``scale`` and ``shape`` are one of Weak's two
     parts alone, :func:`~sigreg_lib.losses.weak_parts`, not squared; the shape is up to the root of
     K times as large as Weak, and its gradient grows as features shrink.
+
+    Records of a recipe under a name of one's own have no overrides; one of other settings under
+    the same name is refused where it would be written to the same file: name it apart.
     """
 
     name: str
@@ -135,6 +138,10 @@ class Recipe:
             raise ValueError("mean and std go together: give both or neither")
         if self.mean is not None and len(self.mean) != len(self.std):
             raise ValueError(f"mean and std differ in length: {self.mean}, {self.std}")
+        if self.std is not None and not all(0 < s < float("inf") for s in self.std):
+            raise ValueError(
+                f"std must be finite and positive, images are divided by it: {self.std}"
+            )
         self.policy(32)  # checks the augmentation
 
     def override(self, **changes: Any) -> Recipe:
@@ -151,8 +158,11 @@ class Recipe:
         return dataclasses.replace(self, **lists)
 
     def differences(self) -> dict[str, Any]:
-        """The fields in which this recipe differs from the named one, in the order of fields."""
-        base = RECIPES[self.name]
+        """The fields in which this recipe differs from the named one, in the order of fields.
+
+        Empty where no row of :data:`RECIPES` has its name: there is nothing to differ from.
+        """
+        base = RECIPES.get(self.name, self)
         return {k: v for k, v in self.as_dict().items() if v != base.as_dict()[k]}
 
     def as_dict(self) -> dict[str, Any]:

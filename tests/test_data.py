@@ -140,7 +140,8 @@ def test_mean_and_std_are_those_of_the_training_images_in_float64(digits):
 
 def test_a_holdout_partitions_the_training_images_in_proportion(digits):
     held = load("digits", holdout=200)
-    assert held.name == "digits-holdout200"
+    assert (held.name, held.holdout, digits.holdout) == ("digits-holdout200", 200, 0)
+    assert held.to("cpu").holdout == 200
     assert (len(held.train_images), len(held.test_images)) == (1097, 200)
     kept = rows(held.train_images, held.train_labels)
     out = rows(held.test_images, held.test_labels)

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,8 +17,9 @@ from helpers import ROOT, seeded
 from sigreg_lib import records
 from sigreg_lib.data import ImageData, load
 from sigreg_lib.losses import weak_floor
-from sigreg_lib.recipes import RECIPES
-from sigreg_lib.train import Run, Trainer, run, sweep, train
+from sigreg_lib.recipes import RECIPES, Recipe
+from sigreg_lib.train import Run, Trainer, run, sweep, train, train_seeds
+from sigreg_lib.train.lock import locked
 from sigreg_lib.train.processes import ProcessDied
 from sigreg_lib.train.sweep import summary
 
@@ -400,13 +402,138 @@ def test_a_weaker_network_than_chance_is_no_divergence(tmp_path):
     [
         ({"epochs": 0}, r"epochs must lie in 1\.\.3"),
         ({"epochs": 4}, r"epochs must lie in 1\.\.3"),
+        ({"epochs": 1.5}, r"epochs must lie in 1\.\.3, the schedule, and be whole, not 1\.5"),
+        ({"epochs": True}, "epochs must .* be whole, not True"),
         ({"seed": -1}, "seed must be an integer"),
+        ({"seed": True}, "seed must be an integer .* not True"),
+        ({"seed": 1.0}, "seed must be an integer"),
+        ({"evaluate_every": True}, "evaluate_every must be an integer"),
         ({"device": "gpu"}, "device must be auto, cpu or cuda"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         train(RECIPES["digits/none"].override(**SMALL), **options(tmp_path, **more))
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    recipe, one = RECIPES["digits/none"].override(**SMALL), np.int64(1)
+    record = train(recipe, seed=one, epochs=one, evaluate_every=one, **options(tmp_path))
+    assert (record.name[-3:], record.epochs) == ("-s1", 1)
+    read = records.read(next((tmp_path / "r").rglob("*.json")))
+    assert (read.seed, read.epochs) == (1, 1)
+    (again,) = train_seeds(recipe, [one], epochs=one, **options(tmp_path / "batched"))
+    assert (again.seed, again.provenance["batched"]) == (1, [1])
+
+
+@pytest.mark.parametrize(("asked", "held"), [(300, 0), (0, 300), (200, 300)])
+def test_data_that_hold_out_other_images_than_the_recipe_says_are_refused(tmp_path, asked, held):
+    changes, more = SMALL | {"holdout": asked}, options(tmp_path, data=load("digits", holdout=held))
+    recipe, runs = RECIPES["digits/none"].override(**changes), [Run("digits/none", 0, changes)]
+    message = f"the recipe says holdout={asked}, but the data .* has holdout={held}"
+    for call in (
+        lambda: train(recipe, **more),
+        lambda: train_seeds(recipe, (0, 1), **more),
+        lambda: sweep([Run("digits/none", 0, SMALL | {"holdout": held}), *runs], **more),
+        lambda: sweep(runs, batched=True, **more),
+        lambda: sweep(runs, workers=2, **more),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not (tmp_path / "r").exists()
+
+
+def test_data_that_hold_out_what_the_recipe_says_are_those_of_their_name(tmp_path):
+    recipe, data = (
+        RECIPES["digits/none"].override(**SMALL, holdout=300),
+        load("digits", holdout=300),
+    )
+    given = train(recipe, epochs=1, data=data, **options(tmp_path / "given"))
+    named = train(recipe, epochs=1, data="digits", **options(tmp_path / "named"))
+    assert given.dataset == named.dataset == "digits-holdout300"
+    assert given.provenance["images"] == named.provenance["images"]
+
+
+def _own(**changes):
+    settings = dataclasses.asdict(RECIPES["digits/weak"].override(**SMALL)) | {"name": "my/own"}
+    return Recipe(**settings | changes)
+
+
+def test_a_recipe_of_ones_own_trains_and_goes_on_under_its_name(tmp_path):
+    train(_own(), epochs=1, **options(tmp_path))
+    record = train(_own(), epochs=2, **options(tmp_path))
+    assert (record.recipe, record.overrides, record.name) == ("my/own", {}, "my-own-s0")
+    assert record.layers["names"] == ["layers.0", "layers.1"]
+    assert records.read(next((tmp_path / "r").rglob("*.json"))) == record
+    batched = train_seeds(_own(), (0, 1), epochs=1, **options(tmp_path / "batched"))
+    assert [r.name for r in batched] == ["my-own-s0", "my-own-s1"]
+
+
+def test_two_recipes_under_one_name_are_not_taken_for_one_another(tmp_path):
+    train(_own(), epochs=1, **options(tmp_path))
+    for other in (_own(lam=0.3), _own(name="my-own")):
+        with pytest.raises(ValueError, match="is of other settings"):
+            train(other, epochs=1, **options(tmp_path))
+    next((tmp_path / "r").rglob("*.json")).unlink()
+    with pytest.raises(ValueError, match="is of a run with other settings"):
+        train(_own(lam=0.3), epochs=1, **options(tmp_path))
+
+
+def test_a_mean_of_a_recipe_of_ones_own_fits_the_channels(tmp_path):
+    own = _own(mean=(0.5,) * 3, std=(0.2,) * 3)
+    with pytest.raises(ValueError, match="mean has 3 values for 1 channels"):
+        train(own, epochs=1, **options(tmp_path))
+
+
+def _held_elsewhere(checkpoint):
+    """A process that holds a run, as one that trains it does, until it is killed."""
+    code = "import sys, time, pathlib; from sigreg_lib.train.lock import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(checkpoint)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    recipe, more = RECIPES["digits/none"].override(**SMALL), options(tmp_path)
+    name = run.new_record(recipe, load("digits"), 1).name
+    other = _held_elsewhere(tmp_path / "c" / "digits" / f"{name}.pt")
+    try:
+        for call in (
+            lambda: train(recipe, seed=1, **more),
+            lambda: train_seeds(recipe, (0, 1), **more),
+        ):
+            with pytest.raises(RuntimeError, match="-s1 is being trained by another process"):
+                call()
+        assert not (tmp_path / "r").exists()
+        with pytest.raises(RuntimeError, match="1 of 2 runs failed"):
+            sweep([Run("digits/none", s, SMALL) for s in (0, 1)], epochs=1, **more)
+        shown = capsys.readouterr().out
+        assert "Busy: " in shown and "Traceback" not in shown
+    finally:
+        other.kill()  # what it held is free at once, though its file stays
+        other.wait()
+        other.stdout.close()
+    assert train(recipe, seed=1, **more).status == "finished"
+    assert sorted(p.suffix for p in (tmp_path / "c" / "digits").iterdir()) == [".pt", ".pt"]
+    with locked(tmp_path / "c" / "digits" / f"{name}.pt"):  # a run that is done needs no lock
+        assert train(recipe, seed=1, **more).status == "finished"
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_begun_again(tmp_path, monkeypatch):
+    recipe, more = RECIPES["digits/none"].override(**SMALL), options(tmp_path)
+    whole = train(recipe, **more)
+    next((tmp_path / "c").rglob("*.pt")).unlink()  # it alone would tell of the other's epochs
+    look, looks = run.earlier, []
+
+    def late(*about):  # the first look comes before the other process has written its record
+        looks.append(about)
+        return look(*about) if len(looks) > 1 else None
+
+    monkeypatch.setattr(run, "earlier", late)
+    assert train(recipe, epochs=1, **more) == whole
 
 
 def _start(folder, epochs):

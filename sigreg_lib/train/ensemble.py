@@ -9,6 +9,8 @@ the rounding of sums.
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 
 from sigreg_lib._dtype import at_least_float32
 from sigreg_lib.attach import attach
-from sigreg_lib.data import ImageData, load
+from sigreg_lib.data import ImageData, with_holdout
 from sigreg_lib.losses import combine
 from sigreg_lib.models import MLP
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train import run
 from sigreg_lib.train.capture import CapturedStep, Graph
+from sigreg_lib.train.lock import locked
 from sigreg_lib.train.loop import AUGMENT_AT_ONCE, Trainer
 from sigreg_lib.train.optimizer import build_optimizer, load_optimizer, set_learning_rate
 from sigreg_lib.train.precision import products
@@ -282,6 +285,7 @@ def train_seeds(
         ValueError: a recipe that cannot be trained batched (with the reason), or what ``train``
             refuses, or a seed that was begun in a separate run or in another group of seeds: its
             record would be lost.
+        RuntimeError: another process is training one of these runs.
     """
     seeds = list(seeds)
     check_batched(recipe, compile)
@@ -290,67 +294,74 @@ def train_seeds(
     for seed in seeds:
         stop, place = run.check(recipe, seed, epochs, device, evaluate_every)
     graph = run.graph_for(capture, place)
-    if not isinstance(data, ImageData):
-        data = load(data, download=download, holdout=recipe.holdout)
-    data = data.to(place)
+    seeds = list(map(operator.index, seeds))
+    data = with_holdout(data, recipe.holdout, download=download).to(place)
     folder, kept = Path(results) / (group or data.name), Path(checkpoints) / (group or data.name)
     say = run.speaker(quiet)
 
     fresh = {seed: run.new_record(recipe, data, seed) for seed in seeds}
     paths = {seed: folder / f"{record.name}.json" for seed, record in fresh.items()}
-    done, begun = {}, []
-    for seed, record in fresh.items():
-        found = run.earlier(paths[seed], record)
-        if found is not None and (found.status == "diverged" or found.epochs >= stop):
-            say(f"{found.name}: already there, {found.status} at epoch {found.epochs}")
-            done[seed] = found
-        elif found is not None:
-            begun.append(found.name)
-    if len(done) == len(seeds):
-        return [done[seed] for seed in seeds]
-    checkpoint = kept / _checkpoint_name(fresh)  # also of those that ended before the others
-    if not checkpoint.exists():
-        fresh = {seed: record for seed, record in fresh.items() if seed not in done}
-        checkpoint = kept / _checkpoint_name(fresh)
-    for record in fresh.values():
-        if (kept / f"{record.name}.pt").exists():
-            raise ValueError(f"{record.name} has a checkpoint of a separate run: finish that first")
-    if begun and not checkpoint.exists():
-        raise ValueError(
-            f"{', '.join(begun)}: begun, but not together ({checkpoint} is not there): go on with "
-            "the same seeds as before, or move the records away"
-        )
+    with contextlib.ExitStack() as stack:
+        if not all(run.done(run.earlier(paths[seed], r), stop) for seed, r in fresh.items()):
+            for record in fresh.values():
+                stack.enter_context(locked(kept / f"{record.name}.pt"))
+        done, begun = {}, []
+        for seed, record in fresh.items():
+            found = run.earlier(paths[seed], record)
+            if run.done(found, stop):
+                say(f"{found.name}: already there, {found.status} at epoch {found.epochs}")
+                done[seed] = found
+            elif found is not None:
+                begun.append(found.name)
+        if len(done) == len(seeds):
+            return [done[seed] for seed in seeds]
+        checkpoint = kept / _checkpoint_name(fresh)  # also of those that ended before the others
+        if not checkpoint.exists():
+            fresh = {seed: record for seed, record in fresh.items() if seed not in done}
+            checkpoint = kept / _checkpoint_name(fresh)
+        for record in fresh.values():
+            if (kept / f"{record.name}.pt").exists():
+                raise ValueError(
+                    f"{record.name} has a checkpoint of a separate run: finish that first"
+                )
+        if begun and not checkpoint.exists():
+            raise ValueError(
+                f"{', '.join(begun)}: begun, but not together ({checkpoint} is not there): go on "
+                "with the same seeds as before, or move the records away"
+            )
 
-    members = [Trainer(recipe, data, seed=seed, compile=False) for seed in fresh]
-    ensemble, held = Ensemble(members, capture=graph), list(fresh.values())
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=place, weights_only=True)
-        texts = zip(saved["records"], held, strict=True)
-        held = [run.resumed(text, record, checkpoint) for text, record in texts]
-        ensemble.load_state(saved)
-        say(f"{checkpoint.stem}: resuming after epoch {max(r.epochs for r in held)}")
-    floor = members[0].floor()
-    now = run.provenance(members[0], False, graph) | {"batched": list(fresh)}
-    for record in held:
-        run.note_session(record, now)
-    while active := [i for i, r in enumerate(held) if r.status == "partial" and r.epochs < stop]:
-        epoch = held[active[0]].epochs + 1
-        start = time.perf_counter()
-        with run.progress_bar(quiet, f"{checkpoint.stem} epoch {epoch}/{stop}") as progress:
-            trained = ensemble.train_epoch(epoch - 1, progress)
-        how = {"every": evaluate_every, "last": epoch == stop}
-        outcomes = {i: run.conclude(members[i], trained[i], epoch, **how) for i in active}
-        share = (time.perf_counter() - start) / len(active)
-        for i, outcome in outcomes.items():
-            run.append(held[i], outcome, floor, share)
-        run.save(checkpoint, ensemble.state() | {"records": [r.to_json() for r in held]})
-        for i in active:
-            held[i].write(paths[held[i].seed])
-            say(run.line(held[i], stop))
-    for record in held:
-        record.write(paths[record.seed])
-        done[record.seed] = record
-    return [done[seed] for seed in seeds]
+        members = [Trainer(recipe, data, seed=seed, compile=False) for seed in fresh]
+        ensemble, held = Ensemble(members, capture=graph), list(fresh.values())
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, map_location=place, weights_only=True)
+            texts = zip(saved["records"], held, strict=True)
+            held = [run.resumed(text, record, checkpoint) for text, record in texts]
+            ensemble.load_state(saved)
+            say(f"{checkpoint.stem}: resuming after epoch {max(r.epochs for r in held)}")
+        floor = members[0].floor()
+        now = run.provenance(members[0], False, graph) | {"batched": list(fresh)}
+        for record in held:
+            run.note_session(record, now)
+        while active := [
+            i for i, r in enumerate(held) if r.status == "partial" and r.epochs < stop
+        ]:
+            epoch = held[active[0]].epochs + 1
+            start = time.perf_counter()
+            with run.progress_bar(quiet, f"{checkpoint.stem} epoch {epoch}/{stop}") as progress:
+                trained = ensemble.train_epoch(epoch - 1, progress)
+            how = {"every": evaluate_every, "last": epoch == stop}
+            outcomes = {i: run.conclude(members[i], trained[i], epoch, **how) for i in active}
+            share = (time.perf_counter() - start) / len(active)
+            for i, outcome in outcomes.items():
+                run.append(held[i], outcome, floor, share)
+            run.save(checkpoint, ensemble.state() | {"records": [r.to_json() for r in held]})
+            for i in active:
+                held[i].write(paths[held[i].seed])
+                say(run.line(held[i], stop))
+        for record in held:
+            record.write(paths[record.seed])
+            done[record.seed] = record
+        return [done[seed] for seed in seeds]
 
 
 def _checkpoint_name(records: dict[int, Record]) -> str:

@@ -69,7 +69,7 @@ class Trainer:
         self.policy = recipe.policy(data.size)
         mean, std = recipe.mean or data.mean, recipe.std or data.std
         if len(mean) != data.channels:
-            if "mean" in recipe.differences():
+            if "mean" in recipe.differences() or recipe.name not in RECIPES:
                 raise ValueError(f"mean has {len(mean)} values for {data.channels} channels")
             mean, std = data.mean, data.std  # a CIFAR recipe on grey images
         self.normalization = mean, std
@@ -86,7 +86,7 @@ class Trainer:
                 f"batch_size={recipe.batch_size} leaves a last batch of {last} of "
                 f"{len(data.train_images)} images: too few for a covariance, choose another"
             )
-        taps, looks = recipe.tapping, RECIPES[recipe.name].tapping
+        taps, looks = recipe.tapping, RECIPES.get(recipe.name, recipe).tapping
         self.handle = self.looking = attach(
             self.model, regularizer=self.regularizer, columns=recipe.columns, **taps
         )

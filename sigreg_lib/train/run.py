@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import operator
 import subprocess
 import sys
 import time
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 
 from sigreg_lib import records
-from sigreg_lib.data import ImageData, load
+from sigreg_lib.data import ImageData, with_holdout
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
 from sigreg_lib.train.capture import CudaGraph
+from sigreg_lib.train.lock import locked
 from sigreg_lib.train.loop import Trainer
 from sigreg_lib.train.precision import worth_compiling
 
@@ -60,7 +62,7 @@ def train(
     Args:
         recipe: all settings, ``recipe.epochs`` the length of the schedule.
         seed: of everything random, 0 to 2^31.
-        data: a data set, or what :func:`sigreg_lib.data.load` takes.
+        data: a data set with the recipe's holdout, or what :func:`sigreg_lib.data.load` takes.
         epochs: stop after this many epochs of the schedule; default all.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``.
         results: folder of records; the run's file is ``results/group/<run>.json``.
@@ -80,54 +82,56 @@ def train(
 
     Raises:
         ValueError: a bad argument, or a checkpoint of other settings.
+        RuntimeError: another process is training this run.
     """
     stop, device = check(recipe, seed, epochs, device, evaluate_every)
     graph = graph_for(capture, device)
-    if not isinstance(data, ImageData):
-        data = load(data, download=download, holdout=recipe.holdout)
-    data = data.to(device)
+    data = with_holdout(data, recipe.holdout, download=download).to(device)
 
-    record = new_record(recipe, data, seed)
+    record = new_record(recipe, data, seed := operator.index(seed))
     path = Path(results) / (group or data.name) / f"{record.name}.json"
     checkpoint = Path(checkpoints) / (group or data.name) / f"{record.name}.pt"
     say = speaker(quiet)
-    found = earlier(path, record)
-    if found is not None and (found.status == "diverged" or found.epochs >= stop):
-        say(f"{record.name}: already there, {found.status} at epoch {found.epochs} ({path})")
-        return found
-    if found is not None and found.provenance.get("batched") and not checkpoint.exists():
-        seeds = " ".join(map(str, found.provenance["batched"]))
-        raise ValueError(f"{path} was trained batched: go on with seeds {seeds}, batched")
+    with contextlib.ExitStack() as stack:
+        if not done(found := earlier(path, record), stop):
+            stack.enter_context(locked(checkpoint))
+            found = earlier(path, record)  # another process may just have brought it further
+        if done(found, stop):
+            say(f"{record.name}: already there, {found.status} at epoch {found.epochs} ({path})")
+            return found
+        if found is not None and found.provenance.get("batched") and not checkpoint.exists():
+            seeds = " ".join(map(str, found.provenance["batched"]))
+            raise ValueError(f"{path} was trained batched: go on with seeds {seeds}, batched")
 
-    steps = -(-len(data.train_images) // recipe.batch_size)
-    if compile is None:
-        compile = worth_compiling(recipe, device) and steps >= 100
-    trainer = Trainer(recipe, data, seed=seed, compile=compile, capture=graph)
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        record = resumed(saved["record"], record, checkpoint)
-        trainer.load_state(saved)
-        say(f"{record.name}: resuming after epoch {record.epochs}")
-    elif found is not None:
-        say(f"{record.name}: no checkpoint, beginning again; it replaces {path} once it is as long")
-    floor = trainer.floor()
-    note_session(record, provenance(trainer, compile, graph))
-    while record.epochs < stop and record.status == "partial":
-        epoch = record.epochs + 1
-        start = time.perf_counter()
-        with progress_bar(quiet, f"{record.name} epoch {epoch}/{stop}") as progress:
-            trained = trainer.train_epoch(epoch - 1, progress)
-        outcome = conclude(trainer, trained, epoch, every=evaluate_every, last=epoch == stop)
-        append(record, outcome, floor, time.perf_counter() - start)
-        if trainer.balance is not None and trainer.balance.done:
-            record.provenance["lam"] = records.round_floats(trainer.balance.weight().item())
-        save(checkpoint, trainer.state() | {"record": record.to_json()})
-        if found is None or record.epochs >= found.epochs or record.status == "diverged":
-            record.write(path)
-        say(line(record, stop))
-    record.write(path)
-    say(f"{record.name}: {record.status} at epoch {record.epochs}, record {path}")
-    return record
+        steps = -(-len(data.train_images) // recipe.batch_size)
+        if compile is None:
+            compile = worth_compiling(recipe, device) and steps >= 100
+        trainer = Trainer(recipe, data, seed=seed, compile=compile, capture=graph)
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, map_location=device, weights_only=True)
+            record = resumed(saved["record"], record, checkpoint)
+            trainer.load_state(saved)
+            say(f"{record.name}: resuming after epoch {record.epochs}")
+        elif found is not None:
+            say(f"{record.name}: no checkpoint, beginning again; {path} stays until it is as long")
+        floor = trainer.floor()
+        note_session(record, provenance(trainer, compile, graph))
+        while record.epochs < stop and record.status == "partial":
+            epoch = record.epochs + 1
+            start = time.perf_counter()
+            with progress_bar(quiet, f"{record.name} epoch {epoch}/{stop}") as progress:
+                trained = trainer.train_epoch(epoch - 1, progress)
+            outcome = conclude(trainer, trained, epoch, every=evaluate_every, last=epoch == stop)
+            append(record, outcome, floor, time.perf_counter() - start)
+            if trainer.balance is not None and trainer.balance.done:
+                record.provenance["lam"] = records.round_floats(trainer.balance.weight().item())
+            save(checkpoint, trainer.state() | {"record": record.to_json()})
+            if found is None or record.epochs >= found.epochs or record.status == "diverged":
+                record.write(path)
+            say(line(record, stop))
+        record.write(path)
+        say(f"{record.name}: {record.status} at epoch {record.epochs}, record {path}")
+        return record
 
 
 def check(
@@ -135,13 +139,23 @@ def check(
 ) -> tuple[int, torch.device]:
     """The epoch to stop after and the device; ValueError for what :func:`train` refuses."""
     stop = recipe.epochs if epochs is None else epochs
-    if not 1 <= stop <= recipe.epochs:
-        raise ValueError(f"epochs must lie in 1..{recipe.epochs}, the schedule, not {epochs!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+    if not _whole(stop) or not 1 <= stop <= recipe.epochs:
+        raise ValueError(
+            f"epochs must lie in 1..{recipe.epochs}, the schedule, and be whole, not {epochs!r}"
+        )
+    if not _whole(seed) or not 0 <= seed < 2**31:
         raise ValueError(f"seed must be an integer in [0, 2^31), not {seed!r}")
-    if not isinstance(evaluate_every, int) or evaluate_every < 1:
+    if not _whole(evaluate_every) or evaluate_every < 1:
         raise ValueError(f"evaluate_every must be an integer >= 1, not {evaluate_every!r}")
-    return stop, _device(device)
+    return operator.index(stop), _device(device)
+
+
+def _whole(value: Any) -> bool:
+    """Whether it is an integer of any kind, as NumPy's are; True and False are none."""
+    try:
+        return operator.index(value) == value and not isinstance(value, bool)
+    except TypeError:
+        return False
 
 
 def graph_for(capture: bool | None, device: torch.device) -> type[CudaGraph] | None:
@@ -162,6 +176,11 @@ def new_record(recipe: Recipe, data: ImageData, seed: int) -> Record:
         epochs_planned=recipe.epochs,
         provenance=dict(data.checksums),
     )
+
+
+def done(found: Record | None, stop: int) -> bool:
+    """Whether a run's record has the epochs asked for, or ended before."""
+    return found is not None and (found.status == "diverged" or found.epochs >= stop)
 
 
 def earlier(path: Path, record: Record) -> Record | None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from sigreg_lib.data import ImageData, load
+from sigreg_lib.data import with_holdout
 from sigreg_lib.recipes import Recipe, find
 from sigreg_lib.records import Record, run_name
 from sigreg_lib.train.ensemble import check_batched, train_seeds
+from sigreg_lib.train.lock import Busy
 from sigreg_lib.train.processes import ProcessDied, each
 from sigreg_lib.train.run import check, graph_for, now, train
 
@@ -59,8 +60,8 @@ def sweep(
         the records, in the order of ``runs``.
 
     Raises:
-        ValueError: an unknown recipe or setting, two runs of one name, a bad worker count, or a
-            recipe that cannot be trained batched.
+        ValueError: an unknown recipe or setting, two runs of one name, a bad worker count, data
+            that hold out other images than a run, or a recipe that cannot be trained batched.
         RuntimeError: a run failed; raised after all others have ended, naming each failure. (With
             several workers that is also a run whose process was killed.)
     """
@@ -79,13 +80,10 @@ def sweep(
         if batched:
             check_batched(run.resolve(), options.get("compile"))
     holdouts = {run.resolve().holdout for run in runs}
-    if not isinstance(options.get("data", "digits"), ImageData):
-        download = options.get("download", False)
-        loaded = [
-            load(options.get("data", "digits"), download=download, holdout=h) for h in holdouts
-        ]
-        if workers == 1 and len(loaded) == 1:
-            options["data"] = loaded[0]
+    data, download = options.get("data", "digits"), options.get("download", False)
+    loaded = [with_holdout(data, h, download=download) for h in holdouts]
+    if workers == 1 and len(loaded) == 1:
+        options["data"] = loaded[0]
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.resolve() if batched else run.name, []).append(run)
@@ -143,7 +141,7 @@ def _do(
         if batched:
             return train_seeds(recipe, seeds, **options)
         return [train(recipe, seed=seeds[0], **options)]
-    except (ValueError, OSError) as error:  # bad input: the message says it
+    except (ValueError, OSError, Busy) as error:  # bad input: the message says it
         return f"{type(error).__name__}: {error}"
     except Exception:  # reported with the runs' names; the others go on
         return traceback.format_exc()
