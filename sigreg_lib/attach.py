@@ -177,6 +177,7 @@ class Handle:
                 "parameters), or it was a copy or replica of it that ran"
             )
         taken = [self.features[name] for name in self.names]
+        gathers = getattr(self.regularizer, "gather_distributed", False)
         for name, z in zip(self.names, taken, strict=True):
             if not torch.compiler.is_compiling():
                 recorded, version, with_gradients = self._recorded.get(name, (None, None, True))
@@ -193,8 +194,7 @@ class Handle:
                     )
             if z.ndim != 2:
                 raise ValueError(f"pool must make (N, C) of layer {name!r}, not {tuple(z.shape)}")
-            gathered = getattr(self.regularizer, "gather_distributed", False)
-            if len(z) < 2 and process_count(gathered) == 1:  # else the processes' sum counts
+            if len(z) < 2 and process_count(gathers) == 1:  # else the processes' sum counts
                 raise ValueError(
                     f"layer {name!r}: one sample has no covariance; leave out a last batch of one "
                     "(drop_last=True of a DataLoader)"

@@ -153,9 +153,10 @@ def check(
 def _whole(value: Any) -> bool:
     """Whether it is an integer of any kind, as NumPy's are; True and False are none."""
     try:
-        return operator.index(value) == value and not isinstance(value, bool)
+        operator.index(value)
     except TypeError:
         return False
+    return not isinstance(value, bool)
 
 
 def graph_for(capture: bool | None, device: torch.device) -> type[CudaGraph] | None:
