@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,17 +43,27 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    recipe = find(options.recipe).override(**dict(map(parse_override, options.set)))
+    recipe = find(options.recipe).override(**_overrides(options))
     record = train(recipe, seed=options.seed, **_train_options(options))
     return 1 if record.status == "diverged" else 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    overrides = dict(map(parse_override, options.set))
+    overrides = _overrides(options)
     runs = [Run(recipe, seed, overrides) for recipe in options.recipes for seed in options.seeds]
+    print(f"{len(runs)} runs, {options.workers} at a time; a line as each ends", flush=True)
     how = {"workers": options.workers, "threads": options.threads, "batched": options.batched}
     found = sweep(runs, **how, **_train_options(options))
     return 1 if any(record.status == "diverged" for record in found) else 0
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of --set; tells on stderr where another loss keeps a lambda not chosen for it."""
+    overrides = dict(map(parse_override, options.set))
+    other = overrides.keys() & {"regularizer", "mode"} and overrides.get("regularizer") != "none"
+    if other and "lam" not in overrides:
+        print("sigreg: note: lam stays the recipe's, chosen for its own loss", file=sys.stderr)
+    return overrides
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -71,7 +82,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    recipe = find(options.recipe).override(**dict(map(parse_override, options.set)))
+    recipe = find(options.recipe).override(**_overrides(options))
     for name, value in recipe.as_dict().items():
         print(f"{name:18} {json.dumps(value)}")
     return 0

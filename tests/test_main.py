@@ -30,6 +30,21 @@ def test_show_prints_overridden_settings(capsys):
     assert shown["lam"] == "0.3" and shown["rand_augment"] == "[2, 9]"
 
 
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [
+        (["regularizer=strong"], True),
+        (["mode=corrected"], True),
+        (["regularizer=strong", "lam=0.01"], False),
+        (["regularizer=none"], False),
+        (["sketch_dim=16"], False),
+    ],
+)
+def test_another_loss_that_keeps_the_recipe_s_lambda_is_noted(settings, noted, capsys):
+    assert main(["show", "mlp/weak", *(f"--set={s}" for s in settings)]) == 0
+    assert ("lam stays the recipe's" in capsys.readouterr().err) == noted
+
+
 def test_run_trains_prints_a_line_an_epoch_and_writes_the_record(tmp_path, capsys):
     assert main(["run", "digits/weak", "--seed", "3", *SMALL, *folders(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -51,17 +66,18 @@ def test_run_evaluates_as_often_as_asked(tmp_path):
 def test_a_batched_sweep_trains_all_seeds_of_a_recipe_at_once(tmp_path, capsys):
     command = ["sweep", "digits/none", "digits/weak", "--seeds", "4", "2", *SMALL, "--batched"]
     assert main([*command, *folders(tmp_path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5
     found = [record for _, record in records.select(tmp_path / "r")]
     assert [r.seed for r in found] == [2, 4, 2, 4]
     assert all(r.provenance["batched"] == [4, 2] for r in found)
 
 
-def test_sweep_prints_a_line_a_run(tmp_path, capsys):
+def test_sweep_says_how_many_runs_there_are_and_prints_a_line_a_run(tmp_path, capsys):
     command = ["sweep", "digits/none", "digits/weak", "--seeds", "0", "1", *SMALL]
     assert main([*command, *folders(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert lines[0] == "4 runs, 1 at a time; a line as each ends"
+    assert [line.split()[0] for line in lines[1:]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
 
 
 @pytest.mark.parametrize(
