@@ -1,11 +1,21 @@
-"""Whether a setting's value is what its type hint says."""
+"""Whether a value is an integer, or what its type hint says."""
 
 from __future__ import annotations
 
+import operator
 import typing
 from typing import Any, Literal
 
 from sigreg_lib._names import nearest
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer of any kind, as NumPy's are; True and False are none."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

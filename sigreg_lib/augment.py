@@ -20,6 +20,8 @@ import torchvision.transforms.functional as tvf
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sigreg_lib._types import is_integer
+
 OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
     "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
@@ -56,13 +58,13 @@ class Policy:
 
     def __post_init__(self) -> None:
         pair = self.rand_augment
-        if not _is_integer(self.crop_padding) or self.crop_padding < 0:
+        if not is_integer(self.crop_padding) or self.crop_padding < 0:
             raise ValueError(f"crop_padding must be an integer >= 0, not {self.crop_padding!r}")
         if not isinstance(self.flip, bool):
             raise TypeError(f"flip must be True or False, not {self.flip!r}")
         if pair is not None:
             is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-            if not is_pair or not all(map(_is_integer, pair)) or min(pair[0] - 1, pair[1]) < 0:
+            if not is_pair or not all(map(is_integer, pair)) or min(pair[0] - 1, pair[1]) < 0:
                 raise ValueError(f"rand_augment must be None or e.g. (2, 9), not {pair!r}")
             if pair[1] >= N_MAGNITUDES:
                 raise ValueError(f"rand_augment's magnitude must be at most 30, not {pair[1]}")
@@ -205,8 +207,8 @@ def draw_mix(
         ValueError: likewise, or ``size`` is not positive.
     """
     rng = _generator(_MIX_STREAM, n, seed, epoch, step)
-    height, width = (size, size) if _is_integer(size) else size
-    if not (_is_integer(height) and _is_integer(width) and height > 0 and width > 0):
+    height, width = (size, size) if is_integer(size) else size
+    if not (is_integer(height) and is_integer(width) and height > 0 and width > 0):
         raise ValueError(f"size must be a positive integer or two, (H, W), not {size!r}")
     if not policy.mixup_alpha and not policy.cutmix_alpha:
         return None
@@ -382,14 +384,10 @@ def _check_images(images: Tensor, draws: Draws, policy: Policy, operations: int)
 
 def _generator(stream: int, n: int, seed: int, epoch: int, step: int) -> np.random.Generator:
     for name, value in (("n", n), ("seed", seed), ("epoch", epoch), ("step", step)):
-        if not _is_integer(value) or not 0 <= value < 2**32:
+        if not is_integer(value) or not 0 <= value < 2**32:
             raise ValueError(f"{name} must be an integer in [0, 2^32), not {value!r}")
     # the spawn key, unlike a fourth number, keeps streams apart from any other use of the three
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, step), spawn_key=(stream,)))
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -21,6 +21,7 @@ import torchvision
 from torch import Tensor
 
 from sigreg_lib._names import nearest
+from sigreg_lib._types import is_integer
 
 NAMES = ("cifar100", "digits")
 CIFAR100_SIZE = 32
@@ -174,7 +175,7 @@ def load(
     """
     if not isinstance(data, str | os.PathLike):
         raise TypeError(f"data must be a string or a path, not {type(data).__name__}")
-    if not isinstance(holdout, int) or isinstance(holdout, bool):
+    if not is_integer(holdout):
         raise TypeError(f"holdout must be an integer number of images, not {holdout!r}")
     if data == "digits":
         name, (train, test, class_names) = "digits", _digits()

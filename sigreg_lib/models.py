@@ -28,6 +28,7 @@ from sigreg_lib._blocks import (
     start_orthogonal,
 )
 from sigreg_lib._names import nearest
+from sigreg_lib._types import is_integer
 
 __all__ = [
     "MLP", "DropPath", "Dropout", "Rotary", "VisionTransformer", "build_model", "redraw_drops",
@@ -275,7 +276,7 @@ def _check_name(argument: str, value: object, known: Iterable[str]) -> str:
 
 def _check_counts(**counts: object) -> None:
     for argument, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not is_integer(value):
             raise TypeError(f"{argument}={value!r}: expected an int")
         if value < 1:
             raise ValueError(f"{argument}={value}: expected at least 1")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sigreg_lib._names import nearest
+from sigreg_lib._types import is_integer
 
 
 def gaussian(
@@ -127,7 +128,7 @@ class MatrixSource:
         if kind not in KINDS:
             near = nearest(kind, KINDS)
             raise ValueError(f"unknown kind of sketch {kind!r}; did you mean {near!r}?")
-        if isinstance(n_columns, bool) or not isinstance(n_columns, int) or n_columns < 1:
+        if not is_integer(n_columns) or n_columns < 1:
             raise ValueError(f"the number of columns must be a positive int, not {n_columns!r}")
         if generator is not None and not resample:
             # below 2^40, so that what is made of it below is still a seed

@@ -15,6 +15,7 @@ from torch import Tensor
 from sigreg_lib._dtype import at_least_float32
 from sigreg_lib._names import nearest
 from sigreg_lib._newton import newton_inverse_root
+from sigreg_lib._types import is_integer
 from sigreg_lib.losses.sigreg import _check_samples
 
 WHITENINGS = ("zca", "pca")
@@ -125,7 +126,7 @@ def iterative_whiten(
     """
     _check_samples(z, at_least=2)
     _check_eps(eps)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+    if not is_integer(iterations) or iterations < 0:
         raise ValueError(f"iterations must be an int >= 0, not {iterations!r}")
     with torch.autocast(z.device.type, enabled=False):
         centred = _centred(z)

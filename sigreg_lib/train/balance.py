@@ -59,7 +59,7 @@ class Balance:
         """Take account of a step's gradients, one tensor a parameter."""
         norms = torch.stack([torch.nn.utils.get_total_norm(g) for g in (regularizer, task)])
         alive = (norms > TINY).all() & norms.isfinite().all()
-        logs = norms.clamp(TINY, 1 / TINY).log()
+        logs = norms.log()
         self.log_ratio = self.log_ratio + torch.where(alive, logs[0] - logs[1], 0.0)
         self.alive = self.alive + alive
         self.seen += 1

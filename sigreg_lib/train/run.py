@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sigreg_lib import records
+from sigreg_lib._types import is_integer
 from sigreg_lib.data import ImageData, with_holdout
 from sigreg_lib.recipes import Recipe
 from sigreg_lib.records import Record
@@ -139,24 +140,15 @@ def check(
 ) -> tuple[int, torch.device]:
     """The epoch to stop after and the device; ValueError for what :func:`train` refuses."""
     stop = recipe.epochs if epochs is None else epochs
-    if not _whole(stop) or not 1 <= stop <= recipe.epochs:
+    if not is_integer(stop) or not 1 <= stop <= recipe.epochs:
         raise ValueError(
             f"epochs must lie in 1..{recipe.epochs}, the schedule, and be whole, not {epochs!r}"
         )
-    if not _whole(seed) or not 0 <= seed < 2**31:
+    if not is_integer(seed) or not 0 <= seed < 2**31:
         raise ValueError(f"seed must be an integer in [0, 2^31), not {seed!r}")
-    if not _whole(evaluate_every) or evaluate_every < 1:
+    if not is_integer(evaluate_every) or evaluate_every < 1:
         raise ValueError(f"evaluate_every must be an integer >= 1, not {evaluate_every!r}")
     return operator.index(stop), _device(device)
-
-
-def _whole(value: Any) -> bool:
-    """Whether it is an integer of any kind, as NumPy's are; True and False are none."""
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
 
 
 def graph_for(capture: bool | None, device: torch.device) -> type[CudaGraph] | None:
