@@ -179,26 +179,7 @@ class Handle:
         taken = [self.features[name] for name in self.names]
         gathers = getattr(self.regularizer, "gather_distributed", False)
         for name, z in zip(self.names, taken, strict=True):
-            if not torch.compiler.is_compiling():
-                recorded, version, with_gradients = self._recorded.get(name, (None, None, True))
-                if recorded is z and torch.is_grad_enabled() and not with_gradients:
-                    raise RuntimeError(
-                        f"layer {name!r} ran without gradients, so that its R would have none: "
-                        "under no_grad or inference_mode, or under activation checkpointing with "
-                        "use_reentrant=True (use_reentrant=False works)"
-                    )
-                if recorded is z and version is not None and z._version != version:
-                    raise RuntimeError(
-                        f"layer {name!r}: its value was changed in place after it was recorded, by "
-                        "an inplace activation, say: make that one not inplace, or tap behind it"
-                    )
-            if z.ndim != 2:
-                raise ValueError(f"pool must make (N, C) of layer {name!r}, not {tuple(z.shape)}")
-            if len(z) < 2 and process_count(gathers) == 1:  # else the processes' sum counts
-                raise ValueError(
-                    f"layer {name!r}: one sample has no covariance; leave out a last batch of one "
-                    "(drop_last=True of a DataLoader)"
-                )
+            self._check(name, z, gathers)
         if not hasattr(self.regularizer, "values"):
             return torch.stack([self.regularizer(z) for z in taken])
         if matrices is None:
@@ -215,6 +196,29 @@ class Handle:
             for i, value in zip(members, found.unbind(), strict=True):
                 values[i] = value
         return torch.stack(values)
+
+    def _check(self, name: str, z: Tensor, gathers: bool) -> None:
+        """RuntimeError or ValueError for a layer's value that has no R, or a wrong one."""
+        if not torch.compiler.is_compiling():
+            recorded, version, with_gradients = self._recorded.get(name, (None, None, True))
+            if recorded is z and torch.is_grad_enabled() and not with_gradients:
+                raise RuntimeError(
+                    f"layer {name!r} ran without gradients, so that its R would have none: under "
+                    "no_grad or inference_mode, or under activation checkpointing with "
+                    "use_reentrant=True (use_reentrant=False works)"
+                )
+            if recorded is z and version is not None and z._version != version:
+                raise RuntimeError(
+                    f"layer {name!r}: its value was changed in place after it was recorded, by an "
+                    "inplace activation, say: make that one not inplace, or tap behind it"
+                )
+        if z.ndim != 2:
+            raise ValueError(f"pool must make (N, C) of layer {name!r}, not {tuple(z.shape)}")
+        if len(z) < 2 and process_count(gathers) == 1:  # else the processes' sum counts
+            raise ValueError(
+                f"layer {name!r}: one sample has no covariance; leave out a last batch of one "
+                "(drop_last=True of a DataLoader)"
+            )
 
     def loss(self, matrices: dict[int, Tensor | None] | None = None) -> Tensor:
         """The weighted average of R over the tapped layers, scalar; 0 in eval mode.
