@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sigreg_lib import bench, records
-from sigreg_lib.recipes import RECIPES, find, parse_override
+from sigreg_lib.recipes import RECIPES, Recipe, find, parse_override
 from sigreg_lib.train import Run, sweep, train
 
 
@@ -43,26 +43,30 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    recipe = find(options.recipe).override(**_overrides(options))
+    recipe = find(options.recipe)
+    recipe = recipe.override(**_overrides(options, recipe))
     record = train(recipe, seed=options.seed, **_train_options(options))
     return 1 if record.status == "diverged" else 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    overrides = _overrides(options)
-    runs = [Run(recipe, seed, overrides) for recipe in options.recipes for seed in options.seeds]
-    print(f"{len(runs)} runs, {options.workers} at a time; a line as each ends", flush=True)
+    runs = []
+    for name in options.recipes:
+        overrides = _overrides(options, find(name))
+        runs += [Run(name, seed, overrides) for seed in options.seeds]
+    print(f"{len(runs)} runs; a line as each ends", flush=True)
     how = {"workers": options.workers, "threads": options.threads, "batched": options.batched}
     found = sweep(runs, **how, **_train_options(options))
     return 1 if any(record.status == "diverged" for record in found) else 0
 
 
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Settings of --set; tells on stderr where another loss keeps a lambda not chosen for it."""
+def _overrides(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+    """Settings of --set; tells on stderr where the loss changes and its lambda does not."""
     overrides = dict(map(parse_override, options.set))
-    other = overrides.keys() & {"regularizer", "mode"} and overrides.get("regularizer") != "none"
-    if other and "lam" not in overrides:
-        print("sigreg: note: lam stays the recipe's, chosen for its own loss", file=sys.stderr)
+    new = recipe.override(**overrides)
+    other = (new.regularizer, new.mode) != (recipe.regularizer, recipe.mode)
+    if other and "none" not in (recipe.regularizer, new.regularizer) and "lam" not in overrides:
+        print(f"sigreg: note: lam stays {recipe.name}'s, chosen for its own loss", file=sys.stderr)
     return overrides
 
 
@@ -82,7 +86,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    recipe = find(options.recipe).override(**_overrides(options))
+    recipe = find(options.recipe)
+    recipe = recipe.override(**_overrides(options, recipe))
     for name, value in recipe.as_dict().items():
         print(f"{name:18} {json.dumps(value)}")
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 import typing
 from typing import Any, Literal
 
@@ -11,11 +11,7 @@ from sigreg_lib._names import nearest
 
 def is_integer(value: Any) -> bool:
     """Whether it is an integer of any kind, as NumPy's are; True and False are none."""
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

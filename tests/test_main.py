@@ -37,12 +37,13 @@ def test_show_prints_overridden_settings(capsys):
         (["mode=corrected"], True),
         (["regularizer=strong", "lam=0.01"], False),
         (["regularizer=none"], False),
+        (["mode=paper"], False),
         (["sketch_dim=16"], False),
     ],
 )
 def test_another_loss_that_keeps_the_recipe_s_lambda_is_noted(settings, noted, capsys):
     assert main(["show", "mlp/weak", *(f"--set={s}" for s in settings)]) == 0
-    assert ("lam stays the recipe's" in capsys.readouterr().err) == noted
+    assert ("lam stays mlp/weak's" in capsys.readouterr().err) == noted
 
 
 def test_run_trains_prints_a_line_an_epoch_and_writes_the_record(tmp_path, capsys):
@@ -76,7 +77,7 @@ def test_sweep_says_how_many_runs_there_are_and_prints_a_line_a_run(tmp_path, ca
     command = ["sweep", "digits/none", "digits/weak", "--seeds", "0", "1", *SMALL]
     assert main([*command, *folders(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "4 runs, 1 at a time; a line as each ends"
+    assert lines[0] == "4 runs; a line as each ends"
     assert [line.split()[0] for line in lines[1:]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
 
 

@@ -13,7 +13,9 @@ def test_integers_of_any_kind_are_integers(value):
     assert is_integer(value)
 
 
-@pytest.mark.parametrize("value", [True, False, np.True_, 2.0, np.float64(2), "2", None, [2]])
+@pytest.mark.parametrize(
+    "value", [True, False, np.True_, 2.0, np.float64(2), "2", None, [2], torch.tensor(2)]
+)
 def test_truth_values_and_numbers_that_only_equal_an_integer_are_none(value):
     assert not is_integer(value)
 
