@@ -43,31 +43,30 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    recipe = find(options.recipe)
-    recipe = recipe.override(**_overrides(options, recipe))
+    recipe = _resolve(options.recipe, dict(map(parse_override, options.set)))
     record = train(recipe, seed=options.seed, **_train_options(options))
     return 1 if record.status == "diverged" else 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    runs = []
+    overrides = dict(map(parse_override, options.set))
     for name in options.recipes:
-        overrides = _overrides(options, find(name))
-        runs += [Run(name, seed, overrides) for seed in options.seeds]
+        _resolve(name, overrides)  # a word on its lambda, or an error, before anything runs
+    runs = [Run(recipe, seed, overrides) for recipe in options.recipes for seed in options.seeds]
     print(f"{len(runs)} runs; a line as each ends", flush=True)
     how = {"workers": options.workers, "threads": options.threads, "batched": options.batched}
     found = sweep(runs, **how, **_train_options(options))
     return 1 if any(record.status == "diverged" for record in found) else 0
 
 
-def _overrides(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    """Settings of --set; tells on stderr where the loss changes and its lambda does not."""
-    overrides = dict(map(parse_override, options.set))
-    new = recipe.override(**overrides)
-    other = (new.regularizer, new.mode) != (recipe.regularizer, recipe.mode)
-    if other and "none" not in (recipe.regularizer, new.regularizer) and "lam" not in overrides:
-        print(f"sigreg: note: lam stays {recipe.name}'s, chosen for its own loss", file=sys.stderr)
-    return overrides
+def _resolve(name: str, overrides: dict[str, Any]) -> Recipe:
+    """A recipe with its overrides; tells on stderr where its loss changes and lambda does not."""
+    named = find(name)
+    recipe = named.override(**overrides)
+    other = (recipe.regularizer, recipe.mode) != (named.regularizer, named.mode)
+    if other and "none" not in (named.regularizer, recipe.regularizer) and "lam" not in overrides:
+        print(f"sigreg: note: lam stays {name}'s, chosen for its own loss", file=sys.stderr)
+    return recipe
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -86,8 +85,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    recipe = find(options.recipe)
-    recipe = recipe.override(**_overrides(options, recipe))
+    recipe = _resolve(options.recipe, dict(map(parse_override, options.set)))
     for name, value in recipe.as_dict().items():
         print(f"{name:18} {json.dumps(value)}")
     return 0
