@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigreg_lib._newton import newton_inverse_root
@@ -50,12 +49,13 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotary(q).to(v.dtype), rotary(k).to(v.dtype)
         q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-        # On some CPUs the fused kernel's backward takes several times as long as plain products.
-        attend = _attend if x.device.type == "cpu" else F.scaled_dot_product_attention
-        return self.projection(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.projection(_attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Plain products, not the fused kernel: on some CPUs its backward takes several times as long,
+    # and on Hopper GPUs the default of PyTorch 2.11, cuDNN's, has NaN gradients at 64 tokens
+    # (github.com/pytorch/pytorch/issues/196678); on an H200 fourteen of fifteen runs died.
     n, heads, tokens, d = q.shape
     q, k, v = (u.reshape(n * heads, tokens, d) for u in (q, k, v))
     # baddbmm scales the scores before they are rounded; and the compiler, which would rewrite a

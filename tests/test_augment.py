@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
-from helpers import seeded
+from helpers import never_waiting, seeded
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandAugment, autoaugment, v2
@@ -170,12 +170,9 @@ def test_a_cuda_device_gives_the_same_images_and_is_never_waited_for():
     assert m is not None
     on_device = images.cuda()
     augment(on_device, draws, policy)  # fills the cache of indices
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         augmented = augment(on_device, draws, policy)
         mixed = mix(augmented.float(), m.to("cuda"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     expected = augment(images, draws, policy)
     assert torch.equal(augmented.cpu(), expected)
     torch.testing.assert_close(mixed.cpu(), mix(expected.float(), m))

@@ -186,7 +186,7 @@ def bench_variants(*, rounds: int = 7, device: str = "cpu") -> list[dict[str, An
 
 @contextlib.contextmanager
 def _fused_attention(on: bool) -> Iterator[None]:
-    """PyTorch's fused attention in place of plain products, on a CPU too."""
+    """PyTorch's fused attention in place of plain products."""
     before = _blocks._attend
     if on:
         _blocks._attend = torch.nn.functional.scaled_dot_product_attention
