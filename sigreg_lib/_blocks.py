@@ -54,8 +54,8 @@ class Attention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Plain products, not the fused kernel: on some CPUs its backward takes several times as long,
-    # and on Hopper GPUs the default of PyTorch 2.11, cuDNN's, has NaN gradients at 64 tokens
-    # (github.com/pytorch/pytorch/issues/196678); on an H200 fourteen of fifteen runs died.
+    # and on an H200, where PyTorch 2.11 takes cuDNN's, fourteen of fifteen trainings at 64 tokens
+    # became NaN; likely its backward (github.com/pytorch/pytorch/issues/196678).
     n, heads, tokens, d = q.shape
     q, k, v = (u.reshape(n * heads, tokens, d) for u in (q, k, v))
     # baddbmm scales the scores before they are rounded; and the compiler, which would rewrite a
