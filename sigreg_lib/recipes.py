@@ -61,6 +61,7 @@ class Recipe:
     ] = "paper"
     sketch_dim: int | tuple[int, ...] = 64  # of every tapped layer, or one each
     resample: bool = True
+    shared_sketch: bool = True  # by layers of one width; false: each redraws its own (released)
     strong_grid: Literal["paper", "lejepa"] = "paper"
 
     dropout: float = 0.0  # (mlp) of every hidden activation
@@ -127,6 +128,11 @@ class Recipe:
             raise ValueError(f"clip_norm must be positive or none, not {self.clip_norm!r}")
         if self.regularizer == "strong" and self.mode not in ("paper", "corrected"):
             raise ValueError(f"mode of Strong is paper or corrected (unbiased), not {self.mode!r}")
+        if not self.shared_sketch and not self.resample:
+            raise ValueError(
+                "shared_sketch=false draws for each layer anew; a fixed matrix (resample=false) is "
+                "one for each width"
+            )
         if self.regularizer == "vcreg":
             for name, usual in _OF_SIGREG.items():
                 if getattr(self, name) != usual:
@@ -239,7 +245,7 @@ class Recipe:
 _OF_SIGREG: dict[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(Recipe)
-    if field.name in ("mode", "sketch_dim", "resample", "strong_grid")
+    if field.name in ("mode", "sketch_dim", "resample", "shared_sketch", "strong_grid")
 }
 HINTS: dict[str, Any] = typing.get_type_hints(Recipe)
 

@@ -31,6 +31,7 @@ ROWS = [
     ("expert/weak", VIT),  # drop path, class token, clipping
     ("mlp/weak", MLP | {"mode": "corrected"}),
     ("mlp/strong", MLP),
+    ("mlp/weak", MLP | {"shared_sketch": False}),
     ("mlp-bn/weak", MLP),  # running statistics are updated within the graph
 ]
 

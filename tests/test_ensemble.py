@@ -184,6 +184,7 @@ def test_a_run_is_not_begun_in_one_way_and_continued_in_the_other(tmp_path):
         ("mlp/weak", {"mixup_alpha": 0.8}, "MixUp and CutMix"),
         ("mlp/weak", {"dropout": 0.1}, "dropout is not drawn for each seed"),
         ("mlp/weak", {"sketch_dim": [8, 8, 16, 16, 64]}, "one K a layer"),
+        ("mlp/weak", {"shared_sketch": False}, "shared_sketch=false: each member has one"),
     ],
 )
 def test_what_cannot_be_batched_is_refused_with_the_reason(tmp_path, name, changes, reason):

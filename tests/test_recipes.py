@@ -116,7 +116,13 @@ def test_vcreg_is_an_override_of_any_row_with_the_module_s_own_weights():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"mode": "corrected"}, {"sketch_dim": 16}, {"resample": False}, {"strong_grid": "lejepa"}],
+    [
+        {"mode": "corrected"},
+        {"sketch_dim": 16},
+        {"resample": False},
+        {"shared_sketch": False},
+        {"strong_grid": "lejepa"},
+    ],
 )
 def test_vcreg_refuses_settings_of_the_random_matrix(changes):
     with pytest.raises(ValueError, match=rf"{next(iter(changes))} is a setting of Weak and Strong"):
@@ -130,6 +136,14 @@ def test_k_can_be_given_for_each_layer_and_the_regularizer_draws_the_largest():
     for wrong in ([8, 0], []):
         with pytest.raises(ValueError, match="sketch_dim must be at least 1"):
             RECIPES["digits/weak"].override(sketch_dim=wrong)
+
+
+def test_sketches_of_each_layer_are_drawn_anew():
+    assert RECIPES["vit/weak"].override(shared_sketch=False).differences() == {
+        "shared_sketch": False
+    }
+    with pytest.raises(ValueError, match=r"shared_sketch=false draws.*resample=false"):
+        RECIPES["vit/weak"].override(shared_sketch=False, resample=False)
 
 
 def test_several_patterns_are_taps_too_and_none_is_refused():

@@ -48,7 +48,8 @@ def weights(path) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def test_the_step_is_the_objective_of_the_formula():
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_step_is_the_objective_of_the_formula(shared):
     """One SGD step by hand: normalise, forward, (1 - lam) CE + lam mean R, clip, update."""
     data = load("digits")
     recipe = RECIPES["mlp/weak"].override(
@@ -60,19 +61,23 @@ def test_the_step_is_the_objective_of_the_formula():
         crop_padding=0,
         lr=0.5,
         clip_norm=0.1,
+        shared_sketch=shared,
     )
     trainer = Trainer(recipe, data, seed=1, compile=False)
     trainer.model.train()
     x, y = data.train_images[:128], data.train_labels[:128]
-    trainer.generator.manual_seed(5)  # the sketch of this one step
-    sketch = torch.empty(80, 64).normal_(0, 80**-0.5, generator=torch.Generator().manual_seed(5))
+    trainer.generator.manual_seed(5)  # the sketches of this one step
+    g = torch.Generator().manual_seed(5)
+    sketches = [torch.empty(80, 64).normal_(0, 80**-0.5, generator=g) for _ in range(2)]
+    if shared:
+        sketches[1] = sketches[0]
 
     w = [p.detach().clone().double().requires_grad_() for p in trainer.model.parameters()]
     h = ((x.double() / 255 - data.mean[0]) / data.std[0]).flatten(1)
     rs = []
     for layer in range(2):
         h = h @ w[2 * layer].T + w[2 * layer + 1]
-        cov = torch.cov((h @ sketch.double()).T)
+        cov = torch.cov((h @ sketches[layer].double()).T)
         rs.append((cov - torch.eye(64)).square().sum().sqrt())
         h = h.relu()
     logits = h @ w[4].T + w[5]

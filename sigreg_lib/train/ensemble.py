@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sigreg_lib._dtype import at_least_float32
-from sigreg_lib.attach import attach
+from sigreg_lib.attach import Matrices, attach
 from sigreg_lib.data import ImageData, with_holdout
 from sigreg_lib.losses import combine
 from sigreg_lib.models import MLP
@@ -46,6 +46,9 @@ def check_batched(recipe: Recipe, compile: bool | None = None) -> None:
         "MixUp and CutMix are not drawn for each seed": recipe.mixup_alpha + recipe.cutmix_alpha,
         "dropout is not drawn for each seed": recipe.dropout,
         "sketch_dim: one K a layer is for separate runs": recipe.columns,
+        "shared_sketch=false: each member has one matrix for all layers of a width": (
+            not recipe.shared_sketch
+        ),
         "lam='auto' is sought in each run by itself": recipe.lam == "auto",
         "compile=True: batched steps are not compiled": compile,
     }
@@ -136,7 +139,7 @@ class Ensemble:
     # -------------------------------------------------------------- one step
 
     def _objective(
-        self, images: Tensor, labels: Tensor, matrices: dict[int, Tensor | None]
+        self, images: Tensor, labels: Tensor, matrices: Matrices
     ) -> tuple[Tensor, Tensor]:
         """The objective of each member, (S,), and its statistics, (S, 3 + layers), as a Trainer's.
 
@@ -156,7 +159,7 @@ class Ensemble:
         loss = combine(task, r.mean(0), recipe.lam, convex=recipe.convex)
         return loss, torch.cat([torch.stack([task, accuracy, loss]), r]).T.detach()
 
-    def _regularize(self, features: list[Tensor], matrices: dict[int, Tensor | None]) -> Tensor:
+    def _regularize(self, features: list[Tensor], matrices: Matrices) -> Tensor:
         """R of each layer and member, (layers, S), of features (S, N, C).
 
         Projected beforehand with each member's matrix, the features need none (Weak) or unit
@@ -220,7 +223,7 @@ class Ensemble:
             totals, norms = totals + stats * n, norms + norm
         return torch.cat([totals / len(labels), norms[:, None]], 1)
 
-    def _matrices(self, n: int, epoch: int, step: int) -> dict[int, Tensor | None]:
+    def _matrices(self, n: int, epoch: int, step: int) -> Matrices:
         drawn = [member._draw(n, epoch, step)[1] for member in self.members]
         return {
             width: None if own is None else torch.stack([d[width] for d in drawn])

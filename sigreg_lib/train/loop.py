@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from sigreg_lib import diagnostics, records
 from sigreg_lib._dtype import at_least_float32
-from sigreg_lib.attach import Handle, attach
+from sigreg_lib.attach import Handle, Matrices, attach
 from sigreg_lib.augment import Mix, augment, concatenate, draw, draw_mix, mix
 from sigreg_lib.data import ImageData
 from sigreg_lib.losses import combine, strong_values, weak_values
@@ -87,22 +87,24 @@ class Trainer:
                 f"{len(data.train_images)} images: too few for a covariance, choose another"
             )
         taps, looks = recipe.tapping, RECIPES.get(recipe.name, recipe).tapping
+        drawing = {"columns": recipe.columns, "shared_sketch": recipe.shared_sketch}
         self.handle = self.looking = attach(
-            self.model, regularizer=self.regularizer, columns=recipe.columns, **taps
+            self.model, regularizer=self.regularizer, **drawing, **taps
         )
         if taps != looks:  # all runs of a recipe are measured alike, wherever they are regularized
             self.looking = attach(self.model, regularizer=None, **looks)
             self.looking.in_training = False
-        widths = {z.shape[-1] for z in self._look(self.handle, data.train_images[:2])[1]}
+        seen = self._look(self.handle, data.train_images[:2])[1]
+        widths = {k: z.shape[-1] for k, z in zip(self.handle.matrix_keys(seen), seen, strict=True)}
         self.balance = None
         if recipe.lam == "auto":
             self.balance = Balance(convex=recipe.convex, device=self.device)
-        if recipe.columns and max(recipe.columns) >= min(widths):
+        if recipe.columns and max(recipe.columns) >= min(widths.values()):
             raise ValueError(
                 f"sketch_dim={recipe.sketch_dim}: K of a layer must lie below its width, "
-                f"{min(widths)} here"
+                f"{min(widths.values())} here"
             )
-        self.like = {width: torch.empty(1, width, device=self.device) for width in widths}
+        self.like = {k: torch.empty(1, c, device=self.device) for k, c in widths.items()}
         self.step = torch.compile(self._loss, dynamic=False) if compile else self._loss
         self.whole_step = partial(self._step, self.step)
         if capture is not None:
@@ -121,7 +123,7 @@ class Trainer:
         return at_least_float32(logits)
 
     def _parts(
-        self, images: Tensor, labels: Tensor, m: Mix | None, matrices: dict[int, Tensor | None]
+        self, images: Tensor, labels: Tensor, m: Mix | None, matrices: Matrices
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Task loss, accuracy, and R of each layer (0 for a baseline)."""
         logits = self._logits(images, m)
@@ -140,16 +142,11 @@ class Trainer:
         return task, accuracy, r
 
     def _loss(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        m: Mix | None,
-        matrices: dict[int, Tensor | None],
-        lam: Tensor | None = None,
+        self, images: Tensor, labels: Tensor, m: Mix | None, matrices: Matrices, lam: Any = None
     ) -> tuple[Tensor, Tensor]:
         """The objective, and (task loss, accuracy, objective, R of each layer) without gradient.
 
-        ``lam``: the weight where the recipe says auto.
+        ``lam``: the weight, a tensor, where the recipe says auto.
         """
         task, accuracy, r = self._parts(images, labels, m, matrices)
         weight = self.recipe.lam if lam is None else lam
@@ -200,13 +197,13 @@ class Trainer:
         stats[2] = combine(stats[0], stats[3:].mean(), lam, convex=self.recipe.convex)
         return stats, self._apply()
 
-    def _draw(self, n: int, epoch: int, step: int) -> tuple[Mix | None, dict[int, Tensor | None]]:
+    def _draw(self, n: int, epoch: int, step: int) -> tuple[Mix | None, Matrices]:
         """Mixing and random matrices of a step of n images; drops are drawn into the model."""
         m = draw_mix(self.policy, n, self.data.size, seed=self.seed, epoch=epoch, step=step)
         redraw_drops(self.model, n, self.generator)
         matrices = {}
         if self.regularizer is not None:  # drawn here: a compiled step holds no generator
-            matrices = {c: self.regularizer.matrix(z) for c, z in self.like.items()}
+            matrices = {k: self.regularizer.matrix(z) for k, z in self.like.items()}
         return m if m is None else m.to(self.device), matrices
 
     def forward(self, x: Tensor, y: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
