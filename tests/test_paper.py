@@ -6,7 +6,16 @@ import dataclasses
 
 import pytest
 
-from sigreg_lib.paper import CURVE_EPOCHS, EPOCHS, PUBLISHED, STEPS_PER_EPOCH, published, table
+from sigreg_lib.paper import (
+    CURVE_EPOCHS,
+    EPOCHS,
+    FIT_EPOCHS,
+    PUBLISHED,
+    STEPS_PER_EPOCH,
+    published,
+    table,
+)
+from sigreg_lib.recipes import find
 
 # name, table, best test % and its epoch, last test %: the nine rows, typed a second time
 ROWS = [
@@ -28,6 +37,18 @@ CURVES = {
     40: (12.19, 38.50, 50.45, 43.70, 46.11, 50.34, 23.07, 21.86, 25.50),
     200: (18.33, 66.66, 68.31, 63.96, 66.96, 66.60, 25.35, 33.06, 39.42),
     400: (20.51, 69.96, 71.95, 70.58, 72.55, 71.36, 25.56, 35.20, 41.58),
+}
+# training accuracy (%) at epochs 1, 40 and 400, and (1 - lambda) CE (nats) at the last, typed again
+FITS = {
+    "vit/none": (3.8, 6.8, 10.7, 3.6239),
+    "vit/strong": (4.2, 20.6, 53.7, 2.1347),
+    "vit/weak": (5.0, 30.3, 61.8, 1.6470),
+    "expert/none": (3.3, 22.8, 60.2, 1.7219),
+    "expert/strong": (3.9, 26.1, 61.9, 1.8430),
+    "expert/weak": (3.9, 28.8, 59.5, 1.7616),
+    "mlp/none": (2.4, 29.2, 96.4, 0.1026),
+    "mlp/strong": (2.0, 27.6, 98.4, 0.0924),
+    "mlp/weak": (1.9, 26.3, 76.0, 0.7646),
 }
 REGULARIZERS = {
     "vit/weak": (7.6, 5.7),
@@ -58,6 +79,18 @@ def test_a_curve_holds_the_published_points(column):
     curve = published(ROWS[column][0]).curve
     assert dict(curve) == {epoch: values[column] for epoch, values in CURVES.items()}
     assert tuple(curve) == CURVE_EPOCHS
+
+
+@pytest.mark.parametrize("row", PUBLISHED.values(), ids=PUBLISHED)
+def test_the_fit_is_that_of_the_logs_without_the_factor_of_lambda(row):
+    first, at_40, last, logged = FITS[row.name]
+    fit, loss = row.train_accuracy, row.train_loss
+    assert (fit[1], fit[40], fit[EPOCHS]) == (first, at_40, last)
+    assert tuple(fit) == tuple(loss) == FIT_EPOCHS
+    lam = find(row.name).lam
+    assert loss[EPOCHS] == pytest.approx(logged / (1 - lam))
+    # a hundred classes: uniform predictions cost log 100 = 4.605
+    assert 4.3 < loss[1] < 4.61 and loss[1] > loss[40] > loss[EPOCHS]
 
 
 @pytest.mark.parametrize("row", PUBLISHED.values(), ids=PUBLISHED)

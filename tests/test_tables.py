@@ -358,6 +358,20 @@ def test_the_curve_table_holds_every_published_epoch_and_is_empty_where_nothing_
     assert found.loc[40, "Weak: ours"] == "-" and found.loc[40, "Weak: published"] == "25.50"
 
 
+def test_the_training_table_has_the_fit_of_our_runs_beside_the_published_one(tmp_path):
+    records = [made(epochs=10), made(seed=1, epochs=5)]
+    for record, accuracy in zip(records, (20.0, 30.0), strict=True):
+        record.history["train_accuracy"] = [accuracy + e for e in record.history["epoch"]]
+        record.history["train_loss"] = [4 - 0.1 * e for e in record.history["epoch"]]
+    found = tables.training_table([row(tmp_path, *records)])
+    assert list(found.index) == [1, 5, 10, 40, 400]
+    assert found.loc[5, "Weak: ours"] == "30.0%, 3.500 (n = 2)"
+    assert found.loc[10, "Weak: ours"] == "30.0%, 3.000 (n = 1)"
+    assert (
+        found.loc[40, "Weak: ours"] == "-" and found.loc[400, "Weak: published"] == "76.0%, 0.850"
+    )
+
+
 def test_tables_and_figures_are_saved_and_read_back(tmp_path):
     rows = tables.collect(written(tmp_path / "r", made(), made("mlp/none")), "mlp", [0])
     table = tables.results_table(rows)

@@ -17,6 +17,7 @@ from sigreg_lib.tables.optimization import (
     jitter,
     milestones,
     optimization_table,
+    training_table,
 )
 from sigreg_lib.tables.questions import (
     common_look,
@@ -96,6 +97,7 @@ __all__ = [
     "statement",
     "symptoms",
     "train_family",
+    "training_table",
     "verdict",
     "whence",
 ]

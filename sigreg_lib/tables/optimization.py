@@ -53,6 +53,35 @@ def optimization_table(rows: Iterable[Row]) -> DataFrame:
     return pd.DataFrame(lines, columns=columns).set_index("regularizer")
 
 
+def training_table(rows: Iterable[Row]) -> DataFrame:
+    """How well runs fit their augmented training images, beside the published logs.
+
+    A line an epoch. A cell is "22.8%, 3.404": accuracy and cross-entropy (nats) during it, ours the
+    mean of the runs that got there, with their number; "-": none did.
+    """
+    import pandas as pd
+
+    table: dict[str, dict[int, str]] = {}
+    for row in rows:
+        p, ours = row.published, {}
+        for epoch in p.train_accuracy if row.judged else row.compared:
+            there = [run.at(epoch) for run in row.records.values() if run.epochs >= epoch]
+            if there:
+                accuracy, loss = (
+                    math.fsum(at[name] for at in there) / len(there)
+                    for name in ("train_accuracy", "train_loss")
+                )
+                ours[epoch] = f"{accuracy:.1f}%, {loss:.3f} (n = {len(there)})"
+            else:
+                ours[epoch] = "-"
+        if row.judged:
+            table[f"{row.label}: published"] = {
+                e: f"{a:.1f}%, {p.train_loss[e]:.3f}" for e, a in p.train_accuracy.items()
+            }
+        table[f"{row.label}: ours"] = ours
+    return pd.DataFrame(table).fillna("-").rename_axis("epoch").sort_index()
+
+
 def clipping(rows: Iterable[Row]) -> str:
     """One sentence: how often each row's longest run is clipped, and its rate in effect at last.
 
