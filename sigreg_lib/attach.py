@@ -170,7 +170,7 @@ class Handle:
     def losses(self, matrices: Matrices | None = None) -> Tensor:
         """R of each tapped layer, shape (layers,), in the order of :attr:`names`.
 
-        With a shared sketch layers of one shape go through the regularizer in one call.
+        Layers of one shape go through the regularizer in one call.
 
         Args:
             matrices: the random matrix (None: no sketch) for each number of channels, or with
@@ -197,13 +197,15 @@ class Handle:
         if matrices is None:
             likes = dict(zip(keys, taken, strict=True))
             matrices = {key: self.regularizer.matrix(z) for key, z in likes.items()}
-        groups: dict[tuple[torch.Size, int | None, int | str], list[int]] = {}
+        groups: dict[tuple[torch.Size, int | None], list[int]] = {}
         for i, z in enumerate(taken):
-            groups.setdefault((z.shape, self.columns[i], keys[i]), []).append(i)
+            groups.setdefault((z.shape, self.columns[i]), []).append(i)
         values: list[Tensor | None] = [None] * len(taken)
-        for (shape, columns, key), members in groups.items():
+        for (shape, columns), members in groups.items():
             stacked = torch.stack([taken[i] for i in members])
-            matrix = _first_columns(matrices[key], columns, shape[-1])
+            own = [matrices[keys[i]] for i in members[: 1 if self.shared_sketch else None]]
+            matrix = own[0] if self.shared_sketch or own[0] is None else torch.stack(own)
+            matrix = _first_columns(matrix, columns, shape[-1])
             found = self.regularizer.values(stacked, matrix)
             for i, value in zip(members, found.unbind(), strict=True):
                 values[i] = value
@@ -328,13 +330,13 @@ def _first_columns(matrix: Tensor | None, columns: int | None, channels: int) ->
     """A layer's share of the random matrix; None where it has no sketch."""
     if columns is None or (matrix is None and columns >= channels):
         return matrix
-    held = 0 if matrix is None else matrix.shape[1]
+    held = 0 if matrix is None else matrix.shape[-1]
     if columns > held:
         raise ValueError(
             f"columns: a layer of {channels} channels asks for {columns} of a random matrix "
             f"{f'of {held} columns' if held else 'that is not drawn (C <= K)'}"
         )
-    return matrix[:, :columns]
+    return matrix[..., :columns]
 
 
 def _find(model: nn.Module, layers) -> dict[str, nn.Module]:

@@ -154,6 +154,25 @@ def test_leading_dimensions_are_averaged(case):
     torch.testing.assert_close(found, value_and_gradient(single_calls, z), rtol=1e-11, atol=1e-12)
 
 
+@every_case
+@pytest.mark.parametrize("leading", [(2, 3), (3,), (2, 1)], ids=str)
+def test_each_batch_may_have_a_matrix_of_its_own(case, leading):
+    z = skewed(2, 3, 6, 5, seed=6).double()
+    own = torch.stack([case.matrix(5, 4, seed=i) for i in range(math.prod(leading))]).double()
+    matrices = own.view(*leading, 5, 4)
+    each = matrices.expand(2, 3, 5, 4).flatten(0, 1)
+
+    def single_calls(x: Tensor) -> Tensor:
+        pairs = zip(x.flatten(0, 1), each, strict=True)
+        return torch.stack([case.reference(m)(b) for b, m in pairs]).mean()
+
+    found = value_and_gradient(case.loss(matrices), z)
+    torch.testing.assert_close(found, value_and_gradient(single_calls, z), rtol=1e-11, atol=1e-12)
+    for wrong in (own[:1].expand(2, 5, 4), own[:1, None, None].expand(1, 2, 3, 5, 4)):
+        with pytest.raises(ValueError, match=r"in front must be those of z, \(2, 3\)"):
+            case.loss(wrong)(z)
+
+
 def test_no_sketch_is_the_identity_sketch():
     z = skewed(12, 5, seed=8).double()
     eye = torch.eye(5, dtype=torch.float64)

@@ -48,7 +48,7 @@ def covariance_deviation(
     z: Tensor, sketch: Tensor | None, squared: bool, unbiased: bool, gather: bool
 ) -> Tensor:
     """||Cov(z S) - I||_F or its (unbiased) square; (..., N, C) -> (...)."""
-    if sketch is not None and sketch.requires_grad:
+    if sketch is not None and (sketch.requires_grad or sketch.ndim > 2):
         z, sketch = z @ sketch, None
     inputs = (z,) if sketch is None else (z, sketch)
     alone = process_count(gather) == 1
@@ -147,6 +147,9 @@ def characteristic_deviation(
 
     The integrand is even in t and zero at t = 0, so the positive half of the grid carries all.
     """
+    if directions.ndim > 2:  # a matrix for each batch: projected here, the rest is the same for all
+        z = z @ directions
+        directions = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     if process_count(gather) == 1:
         if torch.compiler.is_compiling():
             rows = _project(z, directions, t_max / points)

@@ -36,7 +36,8 @@ def weak_sigreg(
 
     Args:
         z: representations, shape (..., N, C), any float dtype, N >= 2 (N >= 4 if unbiased).
-        sketch: S, shape (C, K), K >= 1; None (default) uses the channels as they are.
+        sketch: S, shape (C, K), K >= 1, or (..., C, K), one for each batch; None (default) uses
+            the channels as they are.
         squared: return the square of the norm.
         unbiased: estimate the squared norm of the population's deviation without the bias of a
             finite batch; it may be negative. Needs ``squared=True``: an unbiased estimate has no
@@ -104,7 +105,8 @@ def strong_sigreg(
 
     Args:
         z: representations, shape (..., N, C), any float dtype, N >= 2.
-        directions: a_k as columns of unit length, shape (C, K), K >= 1.
+        directions: a_k as columns of unit length, shape (C, K), K >= 1, or (..., C, K), other
+            ones for each batch.
         t_max: end of the grid, in units of 1/standard deviation.
         n_points: points on [-t_max, t_max], odd. LeJEPA's grid is ``t_max=3.0, n_points=33``.
         unbiased: subtract the bias of a finite batch, (1 - |phi|^2)/(N - 1) at every point; the
@@ -353,9 +355,16 @@ def _check_samples(z: Tensor, at_least: int) -> None:
 
 
 def _check_matrix(z: Tensor, matrix: Tensor | None, name: str) -> None:
-    if matrix is not None and (matrix.ndim != 2 or matrix.shape[0] != z.shape[-1]):
+    if matrix is None:
+        return
+    leading, own = z.shape[:-2], matrix.shape[:-2]  # one matrix, or one a batch
+    fits = len(own) <= len(leading) and all(
+        a in (1, b) for a, b in zip(own[::-1], leading[::-1], strict=False)
+    )
+    if matrix.ndim < 2 or matrix.shape[-2] != z.shape[-1] or not fits:
         raise ValueError(
-            f"{name} must have shape (C, K) with C = {z.shape[-1]}, not {tuple(matrix.shape)}"
+            f"{name} must have shape (C, K) with C = {z.shape[-1]}, not {tuple(matrix.shape)}; "
+            f"more dimensions in front must be those of z, {tuple(leading)}"
         )
-    if matrix is not None and not matrix.shape[1]:
+    if not matrix.shape[-1]:
         raise ValueError(f"{name} has no columns: shape {tuple(matrix.shape)}")
