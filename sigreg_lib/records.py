@@ -17,7 +17,10 @@ HISTORY = (
     "epoch", "train_loss", "train_accuracy", "regularizer", "regularizer_floor", "test_loss",
     "test_accuracy", "effective_dim", "grad_norm", "seconds",
 )  # fmt: skip
-LATER_SETTINGS = {"dropout": 0.0}  # younger than some records, and what those runs had
+LATER_SETTINGS = {  # younger than some records, and what those runs had
+    "dropout": 0.0,
+    "shared_sketch": True,
+}
 STATUSES = ("partial", "finished", "diverged")
 
 

@@ -16,7 +16,8 @@ def made(epochs=3, planned=400, **changes) -> Record:
     history["test_accuracy"] = [10.0, 30.0, 20.0][:epochs]
     fields = dict(
         recipe="vit/weak", overrides={}, seed=0,
-        config={"lam": 0.1, "rand_augment": [2, 9], "dropout": 0.1}, dataset="cifar100",
+        config={"lam": 0.1, "rand_augment": [2, 9], "dropout": 0.1, "shared_sketch": False},
+        dataset="cifar100",
         epochs_planned=planned, history=history,
         status="finished" if epochs >= planned else "partial",
     )  # fmt: skip
@@ -35,7 +36,8 @@ def test_a_record_reads_back_as_written(tmp_path):
 
 def test_a_record_older_than_a_setting_has_the_value_that_its_run_had():
     older = made(config={"lam": 0.1})
-    assert Record.from_json(older.to_json()).config == {"lam": 0.1, "dropout": 0.0}
+    expected = {"lam": 0.1, "dropout": 0.0, "shared_sketch": True}
+    assert Record.from_json(older.to_json()).config == expected
     # what a record without the setting is taken for must be the setting's own default
     defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
     assert {k: defaults[k] for k in LATER_SETTINGS} == LATER_SETTINGS
