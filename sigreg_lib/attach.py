@@ -30,7 +30,7 @@ def attach(
     channels: str = "auto",
     weights: Sequence[float] | None = None,
     columns: Sequence[int] | None = None,
-    shared_sketch: bool = True,
+    shared_sketch: bool = False,
 ) -> Handle:
     """Record what layers of a model compute and regularize it.
 
@@ -58,11 +58,11 @@ def attach(
         columns: K of each layer, if they differ: a layer takes the first so many columns of the
             regularizer's random matrix, whose own K must be the largest of them and, for Weak, lie
             below the layers' number of channels.
-        shared_sketch: layers of one width share a random matrix at each call (default: one call
-            for all of them, few random numbers), or each draws its own, as in the released
-            settings of Weak-SIGReg. The expectation is the same. Where layers resemble each other,
-            on a residual stream, what one matrix does to their gradients adds up: the variance of
-            R's gradient was 4.8 times as large in the nine blocks of ``expert`` at the start.
+        shared_sketch: layers of one width take one random matrix at each call, instead of one each
+            (default, as in the released settings of Weak-SIGReg). The expected gradient is the
+            same; where layers hold nearly the same features, along a residual stream, what one
+            matrix does to their gradients adds up, to a variance several times as large. The
+            recipes share, unless told otherwise.
 
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.

@@ -384,7 +384,7 @@ def test_a_layer_of_k_columns_sees_the_first_k_of_the_common_matrix(kind):
     names, columns = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"], [2, 5, 2, 3]
     net, x = Net(), inputs(12, 4)
     make, draw, single = LOSSES[kind]
-    handle = attach(net, names, make(5, generator=seeded(2)), columns=columns)
+    handle = attach(net, names, make(5, generator=seeded(2)), columns=columns, shared_sketch=True)
     net(x)
     found, seen, g = handle.losses(), outputs(net, names, x), seeded(2)
     matrices = {c: draw(c, 5, generator=g) for c in (6, 9)}
@@ -421,7 +421,7 @@ def test_the_loss_is_the_weighted_average_of_single_calls_and_so_is_its_gradient
     names = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"]
     net, x = Net(), inputs(12, 4)
     make, draw, single = LOSSES[kind]
-    handle = attach(net, names, make(5, generator=seeded(2)), weights=weights)
+    handle = attach(net, names, make(5, generator=seeded(2)), weights=weights, shared_sketch=True)
     net(x)
     loss = handle.loss()
     gradients = torch.autograd.grad(loss, list(net.blocks.parameters()), allow_unused=True)
@@ -441,11 +441,11 @@ def test_the_loss_is_the_weighted_average_of_single_calls_and_so_is_its_gradient
 
 
 @pytest.mark.parametrize("kind", ["weak", "strong"])
-def test_without_a_shared_sketch_each_layer_draws_its_own_in_the_order_of_names(kind):
+def test_each_layer_draws_a_sketch_of_its_own_in_the_order_of_names(kind):
     names = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"]
     net, x = Net(), inputs(12, 4)
     make, draw, single = LOSSES[kind]
-    handle = attach(net, names, make(5, generator=seeded(2)), shared_sketch=False)
+    handle = attach(net, names, make(5, generator=seeded(2)))
     net(x)
     found, seen, g = handle.losses(), outputs(net, names, x), seeded(2)
     matrices = {name: draw(seen[name].shape[-1], 5, generator=g) for name in handle.names}
@@ -472,7 +472,7 @@ def test_a_sketch_shared_by_equal_layers_adds_up_its_noise_and_own_sketches_aver
 
 def test_losses_are_given_for_each_layer_and_under_matrices_handed_in():
     net, x = Net(), inputs(12, 4)
-    handle = attach(net, ["blocks.0", "blocks.0.mlp.0", "stem"], WeakSIGReg(5))
+    handle = attach(net, ["blocks.0", "blocks.0.mlp.0", "stem"], WeakSIGReg(5), shared_sketch=True)
     seen = outputs(net, list(handle.names), x)
     matrices = {6: gaussian(6, 5, generator=seeded(3)), 9: None}
     found = handle.losses(matrices)
