@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers import seeded
 from torch import Tensor, nn
 
-from sigreg_lib.models import MLP, VisionTransformer, build_model
+from sigreg_lib.models import MLP, VisionTransformer, build_model, redraw_drops
+from sigreg_lib.recipes import RECIPES
 
 CIFAR = (3, 32, 32)
 EXPERT = {
@@ -487,3 +488,50 @@ def test_weights_follow_from_the_seed_and_leave_the_global_state_alone(kind):
 def test_a_bad_argument_is_named_with_what_would_be_right(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_tuned_transformer_is_that_of_pytorch_s_own_layers_and_so_is_a_step_s_gradient():
+    """expert, its drop paths drawn, beside encoder layers that PyTorch maintains."""
+    recipe = RECIPES["expert/none"].override(width=24, depth=3, heads=3, drop_path=0.5)
+    options = recipe.model_options()
+    ours = build_model("vit", (3, 8, 8), 5, seed=0, **options).double().train()
+    redraw_drops(ours, 6, seeded(1))
+    theirs = [
+        nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+        for _ in range(3)
+    ]
+    names = {
+        "attention.qkv.": "self_attn.in_proj_",
+        "attention.projection.": "self_attn.out_proj.",
+        "mlp.0.": "linear1.",
+        "mlp.2.": "linear2.",
+    }
+    for layer, block in zip(theirs, ours.blocks, strict=True):
+        state = dict(block.state_dict())
+        for own, other in names.items():
+            state = {k.replace(own, other): v for k, v in state.items()}
+        layer.double().load_state_dict(state)
+    images = torch.randn(6, 3, 8, 8, generator=seeded(2), dtype=torch.float64)
+    labels = torch.arange(6) % 5
+
+    weight = ours.patch_embedding.weight.view(24, 3, 4, 4)
+    x = F.conv2d(images, weight, ours.patch_embedding.bias, stride=4).flatten(2).mT
+    x = torch.cat([ours.class_token.expand(6, 1, -1), x], dim=1) + ours.position_embedding
+    for layer, block in zip(theirs, ours.blocks, strict=True):
+        kept = [
+            1.0 if drop.rate == 0 else drop.factors[:6].double().view(-1, 1, 1)
+            for drop in (block.drop1, block.drop2)
+        ]
+        y = layer.norm1(x)
+        x = x + kept[0] * layer.self_attn(y, y, y, need_weights=False)[0]
+        x = x + kept[1] * layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+    logits = ours.head(ours.norm(x)[:, 0])
+    torch.testing.assert_close(ours(images), logits, rtol=1e-10, atol=1e-12)
+
+    expected = torch.autograd.grad(
+        F.cross_entropy(logits, labels), [layer.linear2.weight for layer in theirs]
+    )
+    found = torch.autograd.grad(
+        F.cross_entropy(ours(images), labels), [block.mlp[2].weight for block in ours.blocks]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

@@ -364,7 +364,7 @@ def test_the_training_table_has_the_fit_of_our_runs_beside_the_published_one(tmp
         record.history["train_accuracy"] = [accuracy + e for e in record.history["epoch"]]
         record.history["train_loss"] = [4 - 0.1 * e for e in record.history["epoch"]]
     found = tables.training_table([row(tmp_path, *records)])
-    assert list(found.index) == [1, 5, 10, 40, 400]
+    assert list(found.index) == [1, 2, 3, 5, 10, 40, 100, 400]
     assert found.loc[5, "Weak: ours"] == "30.0%, 3.500 (n = 2)"
     assert found.loc[10, "Weak: ours"] == "30.0%, 3.000 (n = 1)"
     assert (
