@@ -60,7 +60,8 @@ def attach(
             below the layers' number of channels.
         shared_sketch: layers of one width take one random matrix at each call, instead of one each
             (default, as in the released settings of Weak-SIGReg). The expected gradient is the
-            same; where layers hold nearly the same features, along a residual stream, what one
+            same (and a fixed matrix, ``resample=False``, is one for each width in any case); where
+            layers hold nearly the same features, along a residual stream, what one
             matrix does to their gradients adds up, to a variance several times as large. The
             recipes share, unless told otherwise.
 
@@ -204,6 +205,8 @@ class Handle:
         for (shape, columns), members in groups.items():
             stacked = torch.stack([taken[i] for i in members])
             own = [matrices[keys[i]] for i in members[: 1 if self.shared_sketch else None]]
+            if len({m is None for m in own}) > 1:
+                raise ValueError("matrices: of layers of one shape either all or none have one")
             matrix = own[0] if self.shared_sketch or own[0] is None else torch.stack(own)
             matrix = _first_columns(matrix, columns, shape[-1])
             found = self.regularizer.values(stacked, matrix)

@@ -379,17 +379,20 @@ def test_the_values_of_an_attention_module_are_taken_and_not_its_weights():
 # ---------------------------------------------------------------- one K a layer
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", ["weak", "strong"])
-def test_a_layer_of_k_columns_sees_the_first_k_of_the_common_matrix(kind):
+def test_a_layer_of_k_columns_sees_the_first_k_of_its_matrix(kind, shared):
     names, columns = ["blocks.0", "blocks.1.mlp.0", "blocks.1", "blocks.10"], [2, 5, 2, 3]
     net, x = Net(), inputs(12, 4)
     make, draw, single = LOSSES[kind]
-    handle = attach(net, names, make(5, generator=seeded(2)), columns=columns, shared_sketch=True)
+    handle = attach(net, names, make(5, generator=seeded(2)), columns=columns, shared_sketch=shared)
     net(x)
     found, seen, g = handle.losses(), outputs(net, names, x), seeded(2)
-    matrices = {c: draw(c, 5, generator=g) for c in (6, 9)}
+    widths = (6, 9) if shared else [z.shape[-1] for z in seen.values()]
+    matrices = {c if shared else i: draw(c, 5, generator=g) for i, c in enumerate(widths)}
     expected = [
-        single(z, matrices[z.shape[-1]][:, :k]) for z, k in zip(seen.values(), columns, strict=True)
+        single(z, matrices[z.shape[-1] if shared else i][:, :k])
+        for i, (z, k) in enumerate(zip(seen.values(), columns, strict=True))
     ]
     torch.testing.assert_close(found, torch.stack(expected))
 
@@ -454,6 +457,9 @@ def test_each_layer_draws_a_sketch_of_its_own_in_the_order_of_names(kind):
     torch.testing.assert_close(handle.losses(matrices), expected)
     with pytest.raises(KeyError):  # by width: not what this handle looks for
         handle.losses({6: None, 9: None})
+    for missing in ("blocks.0", "blocks.1"):  # of one shape
+        with pytest.raises(ValueError, match="either all or none"):
+            handle.losses(matrices | {missing: None})
 
 
 def test_a_sketch_shared_by_equal_layers_adds_up_its_noise_and_own_sketches_average_it():

@@ -270,7 +270,7 @@ def on_meta(name, settings, monkeypatch) -> Trainer:
     trainer.device, trainer.data = meta, trainer.data.to(meta)
     trainer.mean, trainer.std = trainer.mean.to(meta), trainer.std.to(meta)
     trainer.parameters = list(trainer.model.to(meta).parameters())
-    trainer.like = {width: z.to(meta) for width, z in trainer.like.items()}
+    trainer.like = {key: z.to(meta) for key, z in trainer.like.items()}
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
     norm, clip = torch.nn.utils.get_total_norm, torch.nn.utils.clip_grads_with_norm_
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda g, foreach: norm(g))
@@ -279,7 +279,8 @@ def on_meta(name, settings, monkeypatch) -> Trainer:
     )
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     if trainer.regularizer is not None:  # a generator of the device draws these there
-        drawn = {c: trainer.regularizer.matrix(torch.empty(1, c)) for c in trainer.like}
+        widths = {z.shape[-1] for z in trainer.like.values()}
+        drawn = {c: trainer.regularizer.matrix(torch.empty(1, c)) for c in widths}
         held = {c: None if s is None else s.to(meta) for c, s in drawn.items()}
         trainer.regularizer.matrix = lambda z: held[z.shape[-1]]
     return trainer

@@ -580,9 +580,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
     assert a.history["train_loss"] == b.history["train_loss"] and b.status == "partial"
 
 
-def test_compiled_and_eager_steps_agree():
+@pytest.mark.parametrize("shared", [True, False])
+def test_compiled_and_eager_steps_agree(shared):
     data = striped()
-    recipe = RECIPES["vit/weak"].override(**TINY_VIT | {"batch_size": 48})
+    settings = {"batch_size": 48, "sketch_dim": 8, "shared_sketch": shared}
+    recipe = RECIPES["vit/weak"].override(**TINY_VIT | settings)
     eager, compiled = (Trainer(recipe, data, seed=0, compile=c) for c in (False, True))
     results = [t.train_epoch(0) for t in (eager, compiled)]
     for name in ("train_loss", "regularizer", "grad_norm"):
