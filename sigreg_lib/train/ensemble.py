@@ -160,21 +160,13 @@ class Ensemble:
         return loss, torch.cat([torch.stack([task, accuracy, loss]), r]).T.detach()
 
     def _regularize(self, features: list[Tensor], matrices: Matrices) -> Tensor:
-        """R of each layer and member, (layers, S), of features (S, N, C).
-
-        Projected beforehand with each member's matrix, the features need none (Weak) or unit
-        vectors as directions (Strong).
-        """
-        regularizer = self.first.regularizer
+        """R of each layer and member, (layers, S), of features (S, N, C)."""
         values: list[Tensor | None] = [None] * len(features)
         for shape in {z.shape for z in features}:
             group = [i for i, z in enumerate(features) if z.shape == shape]
-            z, own = torch.stack([features[i] for i in group]), None
-            if (matrix := matrices[shape[-1]]) is not None:
-                z = z @ matrix.to(z)
-                if self.recipe.regularizer == "strong":
-                    own = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-            for i, value in zip(group, regularizer.values(z, own).unbind(), strict=True):
+            stacked = torch.stack([features[i] for i in group])
+            found = self.first.regularizer.values(stacked, matrices[shape[-1]])
+            for i, value in zip(group, found.unbind(), strict=True):
                 values[i] = value
         return torch.stack(values)
 
