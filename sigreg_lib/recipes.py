@@ -131,7 +131,7 @@ class Recipe:
         if not self.shared_sketch and not self.resample:
             raise ValueError(
                 "shared_sketch=false draws for each layer anew; a fixed matrix (resample=false) is "
-                "one for each width"
+                "one for each width: set shared_sketch=true with it"
             )
         if self.regularizer == "vcreg":
             for name, usual in _OF_SIGREG.items():
@@ -286,6 +286,7 @@ def find(name: str) -> Recipe:
 
 _CIFAR_MEAN, _CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 _LAMBDA = {"none": 0.1, "weak": 0.1, "strong": 0.01}
+_OWN_SKETCHES = ("expert",)  # families of which each layer draws its own, as released
 
 _STRONG_AUGMENTATION: dict[str, Any] = {
     "crop_padding": 4,
@@ -386,6 +387,7 @@ RECIPES: dict[str, Recipe] = {
         name=f"{family}/{method}",
         regularizer=method,  # type: ignore[arg-type]
         lam=_LAMBDA[method],
+        shared_sketch=method == "none" or family not in _OWN_SKETCHES,
         **settings,
     )
     for family, settings in _FAMILIES.items()
