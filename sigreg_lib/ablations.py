@@ -223,6 +223,7 @@ def heat_map(
     """
     import numpy as np
     import seaborn as sns
+    from seaborn.utils import relative_luminance
 
     means = np.full((len(lines), len(columns)), math.nan)
     texts = np.empty(means.shape, dtype=object)
@@ -239,6 +240,10 @@ def heat_map(
     look = {"cmap": "cividis", "cbar": False, "linewidths": 0.5, "annot_kws": {"size": 6}} | style
     ticks = {"xticklabels": columns, "yticklabels": lines}
     sns.heatmap(means, ax=ax, annot=texts, fmt="", **ticks, **look)
+    shades = ax.collections[-1].get_facecolors()[~np.isnan(means).ravel()]
+    for text, shade in zip(ax.texts, shades, strict=True):
+        # where black and white contrast alike; seaborn leaves white on shades up to 0.408
+        text.set_color("black" if relative_luminance(shade) > 0.179 else "white")
     for i, j in zip(*np.where(np.isnan(means)), strict=True):  # seaborn leaves these blank
         ax.text(j + 0.5, i + 0.5, texts[i, j], size=6, ha="center", va="center", style="italic")
     ax.set(xlabel=x, ylabel=y)

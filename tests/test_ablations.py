@@ -3,6 +3,7 @@ import math
 import matplotlib
 import pytest
 from matplotlib.figure import Figure
+from seaborn.utils import relative_luminance
 
 from sigreg_lib import ablations
 from sigreg_lib.ablations import (
@@ -140,6 +141,19 @@ def test_a_heat_map_says_mean_interval_and_why_a_cell_is_empty():
     texts = {text.get_text() for text in ax.texts}
     # t quantile 12.71 times the deviation 7.07 over the root of 2
     assert texts == {"25.0\n±63.5", "50.0\nn = 1", "missing", "as K = 16"}
+
+
+@pytest.mark.parametrize("vmax", [55, 70, 90, 120, 200, 400])
+def test_numbers_of_a_heat_map_are_readable_on_every_shade(vmax):
+    ax = Figure().subplots()
+    options = {"x": "sketch_dim", "y": "batch_size", "value": "accuracy", "lines": [128]}
+    heat_map(ax, three_of_four(), **options, columns=[4, 8, 16], vmin=0, vmax=vmax)
+    mesh = ax.collections[-1]
+    shades = {m: relative_luminance(mesh.to_rgba(m)) for m in (25.0, 50.0)}
+    for text in ax.texts[:2]:
+        ink = relative_luminance(text.get_color())
+        dark, light = sorted((ink, shades[float(text.get_text().split("\n")[0])]))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # the web's guideline for text
 
 
 def test_a_study_trains_what_is_missing_and_reads_the_rest(tmp_path):
