@@ -137,8 +137,8 @@ class Recipe:
             for name, usual in _OF_SIGREG.items():
                 if getattr(self, name) != usual:
                     raise ValueError(
-                        f"{name} is a setting of Weak and Strong, VCReg draws nothing: leave it "
-                        f"at {usual!r}, not {getattr(self, name)!r}"
+                        f"{name} is a setting of Weak and Strong, VCReg draws nothing: it must be "
+                        f"{usual!r}, not {getattr(self, name)!r}"
                     )
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")

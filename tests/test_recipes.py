@@ -147,6 +147,13 @@ def test_sketches_of_each_layer_are_drawn_anew():
     }
     with pytest.raises(ValueError, match=r"shared_sketch=false draws.*resample=false"):
         RECIPES["vit/weak"].override(shared_sketch=False, resample=False)
+    for changes in (
+        {"resample": False},
+        {"regularizer": "vcreg"},
+    ):  # false there to begin with
+        with pytest.raises(ValueError, match=r"shared_sketch.*[tT]rue"):
+            RECIPES["expert/weak"].override(**changes)
+        assert RECIPES["expert/weak"].override(**changes, shared_sketch=True).shared_sketch
 
 
 def test_several_patterns_are_taps_too_and_none_is_refused():
