@@ -63,7 +63,7 @@ def attach(
             same (and a fixed matrix, ``resample=False``, is one for each width in any case); where
             layers hold nearly the same features, along a residual stream, what one
             matrix does to their gradients adds up, to a variance several times as large. The
-            recipes share, unless told otherwise.
+            recipes of `expert` draw one each too, the others share.
 
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.

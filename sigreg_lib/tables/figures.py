@@ -23,7 +23,8 @@ _VARIANTS = ("#029e73", "#cc78bc", "#d55e00", "#56b4e9")  # seaborn's colorblind
 def plot_curves(rows: Sequence[Row]) -> Figure:
     """Test accuracy over epochs, a panel a row, over the published points.
 
-    Titles: the verdict with n at its epoch, and other rows that the runs would pass as.
+    Titles: table, recipe and data; of each panel the verdict with n at its epoch, and other rows
+    that the runs would pass as.
 
     Mean and 95% interval as far as all runs of a row go; beyond, and where runs differ in length,
     each run by itself as a thin line.
@@ -45,7 +46,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         if row.shared:
             groups = [row.accuracies(epoch) for epoch in row.shared]
             few = "o" if len(groups) < 4 else ""
-            label = f"ours, n = {len(row.seeds)}"
+            n = len(row.seeds)
+            label = f"ours, mean and 95% interval, n = {n}" if n > 1 else "ours, n = 1"
             report.plot_mean(ax, row.shared, groups, method, marker=few, markersize=2, label=label)
         elif not row.judged:
             _missing(ax)
@@ -59,6 +61,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="upper left", fontsize=7, handlelength=2)
     panels[0].set(ylabel="test accuracy (%)", ylim=(0, 1.35 * highest))  # room for the legends
+    family, table = rows[0].published.name.split("/")[0], rows[0].published.source.split(", ")[-1]
+    fig.suptitle(f"{table}: {family} on {'CIFAR-100' if rows[0].judged else 'the digits'}")
     return fig
 
 
