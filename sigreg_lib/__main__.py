@@ -45,6 +45,7 @@ def _run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     recipe = _resolve(options.recipe, dict(map(parse_override, options.set)))
     record = train(recipe, seed=options.seed, **_train_options(options))
+    _note_data(options, [recipe.name])
     return 1 if record.status == "diverged" else 0
 
 
@@ -56,6 +57,7 @@ def _sweep(options: argparse.Namespace) -> int:
     print(f"{len(runs)} runs; a line as each ends", flush=True)
     how = {"workers": options.workers, "threads": options.threads, "batched": options.batched}
     found = sweep(runs, **how, **_train_options(options))
+    _note_data(options, options.recipes)
     return 1 if any(record.status == "diverged" for record in found) else 0
 
 
@@ -67,6 +69,17 @@ def _resolve(name: str, overrides: dict[str, Any]) -> Recipe:
     if other and "none" not in (named.regularizer, recipe.regularizer) and "lam" not in overrides:
         print(f"sigreg: note: lam stays {name}'s, chosen for its own loss", file=sys.stderr)
     return recipe
+
+
+def _note_data(options: argparse.Namespace, names: list[str]) -> None:
+    """Tells on stderr that rows of CIFAR-100 were trained on the digits, the default data."""
+    others = [name for name in names if not name.startswith("digits")]
+    if options.data == "digits" and others:
+        print(
+            f"sigreg: note: {', '.join(others)}: settings for CIFAR-100, trained on the 8 x 8 "
+            "digits; see --data",
+            file=sys.stderr,
+        )
 
 
 def _list(options: argparse.Namespace) -> int:

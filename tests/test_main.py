@@ -57,6 +57,17 @@ def test_run_trains_prints_a_line_an_epoch_and_writes_the_record(tmp_path, capsy
     assert f"test {record.last['test_accuracy']:.2f}%" in lines[1]
 
 
+@pytest.mark.parametrize("command", ["run", "sweep"])
+@pytest.mark.parametrize(("name", "noted"), [("mlp/none", True), ("digits/none", False)])
+def test_a_row_of_cifar_100_that_trained_on_the_digits_is_noted(
+    command, name, noted, tmp_path, capsys
+):
+    small = ["--set", "width=8", "--set", "depth=1", "--set", "precision=float32"]
+    where = ["--results", str(tmp_path / "r"), "--checkpoints", str(tmp_path / "c")]
+    assert main([command, name, "--epochs", "1", *small, *where]) == 0
+    assert ("settings for CIFAR-100" in capsys.readouterr().err) == noted
+
+
 def test_run_evaluates_as_often_as_asked(tmp_path):
     command = ["run", "digits/none", *SMALL, "--evaluate-every", "2", *folders(tmp_path)]
     assert main(command) == 0
