@@ -46,8 +46,7 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         if row.shared:
             groups = [row.accuracies(epoch) for epoch in row.shared]
             few = "o" if len(groups) < 4 else ""
-            n = len(row.seeds)
-            label = f"ours, mean and 95% interval, n = {n}" if n > 1 else "ours, n = 1"
+            label = f"ours, n = {len(row.seeds)}"
             report.plot_mean(ax, row.shared, groups, method, marker=few, markersize=2, label=label)
         elif not row.judged:
             _missing(ax)
@@ -62,7 +61,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
             ax.legend(loc="upper left", fontsize=7, handlelength=2)
     panels[0].set(ylabel="test accuracy (%)", ylim=(0, 1.35 * highest))  # room for the legends
     family, table = rows[0].published.name.split("/")[0], rows[0].published.source.split(", ")[-1]
-    fig.suptitle(f"{table}: {family} on {'CIFAR-100' if rows[0].judged else 'the digits'}")
+    data = "CIFAR-100" if rows[0].judged else "the digits"
+    fig.suptitle(f"{table}: {family} on {data}, means and 95% intervals")
     return fig
 
 
