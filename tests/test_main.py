@@ -62,9 +62,8 @@ def test_run_trains_prints_a_line_an_epoch_and_writes_the_record(tmp_path, capsy
 def test_a_row_of_cifar_100_that_trained_on_the_digits_is_noted(
     command, name, noted, tmp_path, capsys
 ):
-    small = ["--set", "width=8", "--set", "depth=1", "--set", "precision=float32"]
-    where = ["--results", str(tmp_path / "r"), "--checkpoints", str(tmp_path / "c")]
-    assert main([command, name, "--epochs", "1", *small, *where]) == 0
+    small = [*SMALL, "--set", "precision=float32"]
+    assert main([command, name, *small, *folders(tmp_path)]) == 0
     assert ("settings for CIFAR-100" in capsys.readouterr().err) == noted
 
 

@@ -147,10 +147,7 @@ def test_sketches_of_each_layer_are_drawn_anew():
     }
     with pytest.raises(ValueError, match=r"shared_sketch=false draws.*resample=false"):
         RECIPES["vit/weak"].override(shared_sketch=False, resample=False)
-    for changes in (
-        {"resample": False},
-        {"regularizer": "vcreg"},
-    ):  # false there to begin with
+    for changes in ({"resample": False}, {"regularizer": "vcreg"}):
         with pytest.raises(ValueError, match=r"shared_sketch.*[tT]rue"):
             RECIPES["expert/weak"].override(**changes)
         assert RECIPES["expert/weak"].override(**changes, shared_sketch=True).shared_sketch

@@ -60,9 +60,8 @@ def plot_curves(rows: Sequence[Row]) -> Figure:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="upper left", fontsize=7, handlelength=2)
     panels[0].set(ylabel="test accuracy (%)", ylim=(0, 1.35 * highest))  # room for the legends
-    family, table = rows[0].published.name.split("/")[0], rows[0].published.source.split(", ")[-1]
-    data = "CIFAR-100" if rows[0].judged else "the digits"
-    fig.suptitle(f"{table}: {family} on {data}, means and 95% intervals")
+    of, data = rows[0].published, "CIFAR-100" if rows[0].judged else "the digits"
+    fig.suptitle(f"Table {of.table}: {of.family} on {data}, means and 95% intervals")
     return fig
 
 
