@@ -62,8 +62,8 @@ def attach(
             (default, as in the released settings of Weak-SIGReg). The expected gradient is the
             same (and a fixed matrix, ``resample=False``, is one for each width in any case); where
             layers hold nearly the same features, along a residual stream, what one matrix does to
-            their gradients adds up, to a variance several times as large. The recipes of `expert`
-            draw one each too, the others share.
+            their gradients adds up, to a variance several times as large. The recipes of `vit`
+            and `expert` draw one each too, those of MLPs share.
 
     Returns:
         a handle; call :meth:`Handle.loss` after each forward pass in training mode.

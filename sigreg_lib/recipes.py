@@ -286,7 +286,7 @@ def find(name: str) -> Recipe:
 
 _CIFAR_MEAN, _CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 _LAMBDA = {"none": 0.1, "weak": 0.1, "strong": 0.01}
-_OWN_SKETCHES = ("expert",)  # families of which each layer draws its own, as released
+_OWN_SKETCHES = ("vit", "vit-bn", "expert")  # each layer draws its own, as released
 
 _STRONG_AUGMENTATION: dict[str, Any] = {
     "crop_padding": 4,

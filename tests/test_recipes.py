@@ -63,7 +63,7 @@ def test_rows_of_a_family_differ_in_the_regularizer_alone():
     for family in ("vit", "expert", "mlp"):
         rows = [RECIPES[f"{family}/{m}"].as_dict() for m in ("none", "strong", "weak")]
         changed = {k for k in rows[0] if len({str(row[k]) for row in rows}) > 1}
-        drawn = {"shared_sketch"} if family == "expert" else set()  # a baseline draws nothing
+        drawn = set() if family == "mlp" else {"shared_sketch"}  # a baseline draws nothing
         assert changed == {"name", "regularizer", "lam"} | drawn
 
 
@@ -141,12 +141,11 @@ def test_k_can_be_given_for_each_layer_and_the_regularizer_draws_the_largest():
 
 def test_sketches_of_each_layer_are_drawn_anew():
     own = {name for name, recipe in RECIPES.items() if not recipe.shared_sketch}
-    assert own == {"expert/weak", "expert/strong"}  # as released; the other rows' records share
-    assert RECIPES["vit/weak"].override(shared_sketch=False).differences() == {
-        "shared_sketch": False
-    }
+    families = ("vit", "vit-bn", "expert")  # as released; the records of the mlp share
+    assert own == {f"{family}/{method}" for family in families for method in ("strong", "weak")}
+    assert RECIPES["vit/weak"].override(shared_sketch=True).differences() == {"shared_sketch": True}
     with pytest.raises(ValueError, match=r"shared_sketch=false draws.*resample=false"):
-        RECIPES["vit/weak"].override(shared_sketch=False, resample=False)
+        RECIPES["vit/weak"].override(resample=False)
     for changes in ({"resample": False}, {"regularizer": "vcreg"}):
         with pytest.raises(ValueError, match=r"shared_sketch.*[tT]rue"):
             RECIPES["expert/weak"].override(**changes)
