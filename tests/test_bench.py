@@ -11,9 +11,10 @@ from reference_step import PlainStep, plain_augmentation
 from sigreg_lib import _blocks, bench, weak_floor, weak_sigreg
 from sigreg_lib.__main__ import main
 from sigreg_lib.bench import steps, timing
-from sigreg_lib.bench.losses import loss_functions
+from sigreg_lib.bench.losses import _drawn, loss_functions
 from sigreg_lib.bench.profile import kind_of
 from sigreg_lib.bench.steps import count_operations, fake_images
+from sigreg_lib.losses import WeakSIGReg
 from sigreg_lib.recipes import RECIPES
 from sigreg_lib.train import precision
 from sigreg_lib.train.loop import Trainer
@@ -65,6 +66,31 @@ def test_processes_are_pooled_to_the_median_and_the_outermost_interval():
 )
 def test_operators_are_of_a_kind_by_their_name(event, kind):
     assert kind_of(event) == kind
+
+
+@pytest.mark.parametrize(("shared", "drawn"), [(True, 1), (False, 9)])
+def test_a_call_of_all_layers_draws_one_sketch_or_one_each(monkeypatch, shared, drawn):
+    drawing, calls = WeakSIGReg.matrix, []
+    monkeypatch.setattr(WeakSIGReg, "matrix", lambda self, z: calls.append(z) or drawing(self, z))
+    _drawn("expert", "weak", shared=shared, device="cpu")()
+    assert len(calls) == drawn
+
+
+def test_sketches_are_timed_for_both_transformers_and_losses():
+    rows = bench.bench_sketches(rounds=1)
+    cases = [(row["family"], row["loss"], row["shape"]) for row in rows]
+    vit, expert = [6, 128, 256], [9, 128, 192]
+    assert cases == [
+        ("vit", "weak", vit),
+        ("vit", "strong", vit),
+        ("expert", "weak", expert),
+        ("expert", "strong", expert),
+    ]
+    for row in rows:
+        each, shared = row["seconds"]["one each"], row["seconds"]["one for all"]
+        assert row["ratio"]["median"] == pytest.approx(each / shared)
+    lines = bench.table({"sketches": {"rows": rows}})
+    assert len(lines) == 9 and "9 x N 128, C 192, sketch one each" in lines[5]
 
 
 def test_a_profile_shares_out_all_of_the_time():
@@ -325,7 +351,7 @@ def test_a_target_is_met_on_its_side_only():
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(
-        ValueError, match="losses, scaling, products, steps, variants, epoch, profile, not 'step'"
+        ValueError, match=r"of losses, sketches, scaling, .*, epoch, profile, not 'step'"
     ):
         bench.run(("step",))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sigreg_lib.bench.losses import bench_cases, bench_losses, bench_scaling
+from sigreg_lib.bench.losses import bench_cases, bench_losses, bench_scaling, bench_sketches
 from sigreg_lib.bench.profile import bench_profile, profile
 from sigreg_lib.bench.steps import (
     FAMILIES,
@@ -38,6 +38,7 @@ __all__ = [
     "bench_products",
     "bench_profile",
     "bench_scaling",
+    "bench_sketches",
     "bench_steps",
     "bench_variants",
     "extra_memory",
@@ -50,7 +51,7 @@ __all__ = [
     "targets",
 ]
 
-PARTS = ("losses", "scaling", "products", "steps", "variants", "epoch", "profile")
+PARTS = ("losses", "sketches", "scaling", "products", "steps", "variants", "epoch", "profile")
 
 
 def run(
@@ -59,10 +60,11 @@ def run(
     """All the measurements of some parts.
 
     Args:
-        parts: of ``losses``, ``scaling`` (against C and K), ``products`` (the machine's speed),
-            ``steps``, ``variants`` (of the vit's step), ``epoch``, ``profile`` (operators by kind).
-        rounds: default 31 for losses, 15 for scaling and products, 7 for steps and variants,
-            5 for epochs, 3 for profiles.
+        parts: of ``losses``, ``sketches`` (one each or one for all layers), ``scaling`` (against C
+            and K), ``products`` (the machine's speed), ``steps``, ``variants`` (of the vit's
+            step), ``epoch``, ``profile`` (operators by kind).
+        rounds: default 31 for losses and sketches, 15 for scaling and products, 7 for steps and
+            variants, 5 for epochs, 3 for profiles.
         device: ``cpu`` or ``cuda``; there is no plain step on a GPU.
 
     Returns:
@@ -80,6 +82,7 @@ def run(
         options["rounds"] = rounds
     measure = {
         "losses": lambda: bench_losses(**options),
+        "sketches": lambda: bench_sketches(**options),
         "scaling": lambda: bench_scaling(**options),
         "products": lambda: bench_products(**options),
         "steps": lambda: [bench_steps(family, **options) for family in FAMILIES],
@@ -115,6 +118,14 @@ def table(found: Mapping[str, Any]) -> list[str]:
         layers = f"{row['layers']} x " if row["layers"] > 1 else ""
         size = f"{row['loss']}, {layers}N {row['n']}, C {row['c']}{k}"
         rows.append((size, *_times(row["seconds"], row["bytes"], "plain", "ours", row["ratio"])))
+    for row in part("sketches"):
+        layers, n, c = row["shape"]
+        of = row["ratio"]
+        quoted = f"{of['median']:.2f}", f"{of['low']:.2f} {of['high']:.2f}"
+        for way, seconds in row["seconds"].items():
+            name = f"{row['loss']}, {layers} x N {n}, C {c}, sketch {way}"
+            last = quoted if way == "one each" else ("", "")
+            rows.append((name, "", f"{1e3 * seconds:.2f}", *last, "", ""))
     for row in part("products"):
         for precision, speed in row["gflops"].items():
             name = f"{row['family']} product {'x'.join(map(str, row['shape']))}, {precision}"

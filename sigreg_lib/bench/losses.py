@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from sigreg_lib.attach import Handle, attach
 from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
-from sigreg_lib.losses import strong_sigreg, weak_sigreg
+from sigreg_lib.losses import SIGReg, WeakSIGReg, strong_sigreg, weak_sigreg
 from sigreg_lib.sketch import directions, gaussian
 
 SIZES = ((128, 256, 64), (128, 1024, 64), (8192, 768, 64))  # N, C, K
 LAYERS = 6  # of a vit, tapped at 128 x 256 each
+TAPPED = {"vit": (LAYERS, 128, 256), "expert": (9, 128, 192)}  # layers, N, C
 CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 COLUMNS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -108,3 +112,49 @@ def bench_scaling(
     cases = [(x, 128, c, 64, 1) for c in channels for x in ("covariance", "weak", "strong")]
     cases += [(x, 128, 1024, k, 1) for k in columns if k != 64 for x in ("weak", "strong")]
     return bench_cases(cases, rounds=rounds, device=device)
+
+
+def bench_sketches(*, rounds: int = 31, device: str = "cpu") -> list[dict[str, Any]]:
+    """All tapped layers of the transformers through `attach`: a sketch each, or one for all.
+
+    Drawing, loss and its gradient, in one call; ``ratio`` is of one each over one for all.
+    """
+    ways = {"one each": False, "one for all": True}
+    cases = [(family, loss) for family in TAPPED for loss in ("weak", "strong")]
+    functions = {
+        (*case, way): _drawn(*case, shared=shared, device=device)
+        for case in cases
+        for way, shared in ways.items()
+    }
+    times = alternate(functions, rounds=rounds)
+    rows = []
+    for family, loss in cases:
+        own = {way: times[family, loss, way] for way in ways}
+        rows.append(
+            {
+                "family": family,
+                "loss": loss,
+                "shape": list(TAPPED[family]),
+                "seconds": {way: statistics.median(values) for way, values in own.items()},
+                "ratio": ratio(own, *ways),
+            }
+        )
+    return rows
+
+
+def _drawn(family: str, loss: str, *, shared: bool, device: str) -> Callable[[], None]:
+    """One call of a handle on as many Gaussian layers as the family has, backward included."""
+    layers, n, c = TAPPED[family]
+    g = torch.Generator(device).manual_seed(0)
+    features = torch.randn(layers, n, c, generator=g, device=device).requires_grad_()
+    regularizer = {"weak": WeakSIGReg, "strong": SIGReg}[loss]
+    model = nn.ModuleList(nn.Identity() for _ in range(layers))
+    handle = attach(model, "*", regularizer(64, generator=g), shared_sketch=shared)
+    for layer, z in zip(model, features, strict=True):
+        layer(z)
+    return partial(_differentiate, handle, features)
+
+
+def _differentiate(handle: Handle, features: torch.Tensor) -> None:
+    # what came before the loss, here the cut into layers, is kept for the next call
+    torch.autograd.grad(handle.loss(), features, retain_graph=True)
