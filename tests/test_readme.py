@@ -6,13 +6,16 @@ import re
 import pytest
 from helpers import ROOT
 
-from sigreg_lib import records, report
+from sigreg_lib import records, report, tables
 from sigreg_lib.paper import published
 from sigreg_lib.recipes import RECIPES
 
+SEEDS = (0, 1, 2)
 README = (ROOT / "README.md").read_text()
 ROWS = re.findall(
-    r"^\| (\S+/\S+) \| (\d+) \| ([\d.]+) \| ([\d.]+(?: ± [\d.]+)?) \| (\d+) \|$", README, re.M
+    r"^\| (\S+/\S+) \| (\d+) \| ([\d.]+) \| ([\d.]+(?: ± [\d.]+)?) \| (\d+) \| (.+) \|$",
+    README,
+    re.M,
 )
 
 
@@ -22,7 +25,7 @@ def test_the_table_of_runs_is_found():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_a_row_of_the_table_is_what_the_records_and_the_paper_say(row):
-    name, epoch, theirs, ours, n = row
+    name, epoch, theirs, ours, n, verdict = row
     curve, at = published(name).curve, int(epoch)
     group = records.select(ROOT / "figures/records/cifar100", recipe=name)
     runs = [r for _, r in group if not r.overrides]
@@ -32,6 +35,20 @@ def test_a_row_of_the_table_is_what_the_records_and_the_paper_say(row):
     assert f"{ours} (n = {n})" == report.format_mean(found, digits=2)
     assert float(theirs) == curve[at]
     assert not any(r.epochs >= later for r in runs for later in curve if later > at)
+    family = tables.collect(ROOT / "figures/records", name.split("/")[0], SEEDS)
+    (judged,) = (tables.verdict(row) for row in family if row.published.name == name)
+    assert str(judged) == verdict
+
+
+@pytest.mark.parametrize(("number", "family"), [(1, "vit"), (2, "expert"), (3, "mlp")])
+def test_the_committed_tables_are_what_the_records_give(tmp_path, number, family):
+    rows = tables.collect(ROOT / "figures/records", family, SEEDS)
+    report.save_table(tables.results_table(rows), "made", out=tmp_path, caption="-", records=[])
+    made, kept = (
+        [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        for path in (tmp_path / "made.csv", ROOT / f"figures/table{number}.csv")
+    )
+    assert made == kept
 
 
 def test_every_file_that_the_readme_links_is_there():
@@ -52,6 +69,13 @@ def test_every_name_that_the_readme_imports_exists():
 
     names = re.findall(r"from sigreg_lib import ([\w, ]+)", README)
     assert names and all(hasattr(sigreg_lib, n.strip()) for line in names for n in line.split(","))
+
+
+def test_the_loop_of_the_readme_runs_as_pasted():
+    (block,) = re.findall(r"```python\n(import torch.*?)```", README, re.S)
+    found = {}
+    exec(block, found)
+    assert list(found["handle"].names) == ["0", "2"] and found["loss"].isfinite()
 
 
 def test_the_floor_that_the_readme_quotes_is_the_computed_one():
