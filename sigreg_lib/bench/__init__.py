@@ -120,11 +120,9 @@ def table(found: Mapping[str, Any]) -> list[str]:
         rows.append((size, *_times(row["seconds"], row["bytes"], "plain", "ours", row["ratio"])))
     for row in part("sketches"):
         layers, n, c = row["shape"]
-        of = row["ratio"]
-        quoted = f"{of['median']:.2f}", f"{of['low']:.2f} {of['high']:.2f}"
         for way, seconds in row["seconds"].items():
             name = f"{row['loss']}, {layers} x N {n}, C {c}, sketch {way}"
-            last = quoted if way == "one each" else ("", "")
+            last = _quoted(row["ratio"] if way == "one each" else None)
             rows.append((name, "", f"{1e3 * seconds:.2f}", *last, "", ""))
     for row in part("products"):
         for precision, speed in row["gflops"].items():
@@ -141,12 +139,8 @@ def table(found: Mapping[str, Any]) -> list[str]:
             name = f"{row['family']} step, {method} over none (95% interval)"
             rows.append((name, "", "", share[0], f"{share[1]} {share[2]}", "", ""))
     for row in part("variants"):
-        quoted = (
-            f"{row['ratio']['median']:.2f}",
-            f"{row['ratio']['low']:.2f} {row['ratio']['high']:.2f}",
-        )
         name = f"vit step, {row['variant']}"
-        rows.append((name, "", f"{1e3 * row['seconds']:.0f}", *quoted, "", ""))
+        rows.append((name, "", f"{1e3 * row['seconds']:.0f}", *_quoted(row["ratio"]), "", ""))
     for row in part("epoch"):
         for name, seconds in row["seconds"].items():
             share = f"{100 * seconds / row['epoch']:.1f}%"
@@ -173,7 +167,9 @@ def _times(seconds, held, plain_name, ours_name, of) -> tuple[str, ...]:
             for name in (plain_name, ours_name)
         ]
 
-    quoted = (
-        ("", "") if of is None else (f"{of['median']:.2f}", f"{of['low']:.2f} {of['high']:.2f}")
-    )
-    return *cells(seconds, 1e3, 2), *quoted, *cells(held, 1e-6, 1)
+    return *cells(seconds, 1e3, 2), *_quoted(of), *cells(held, 1e-6, 1)
+
+
+def _quoted(of: Mapping[str, float] | None) -> tuple[str, str]:
+    """A ratio's median and quartiles, empty where there is none."""
+    return ("", "") if of is None else (f"{of['median']:.2f}", f"{of['low']:.2f} {of['high']:.2f}")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from sigreg_lib.attach import Handle, attach
+from sigreg_lib.attach import attach
 from sigreg_lib.bench.timing import alternate, extra_memory, plain, ratio
-from sigreg_lib.losses import SIGReg, WeakSIGReg, strong_sigreg, weak_sigreg
+from sigreg_lib.losses import strong_sigreg, weak_sigreg
+from sigreg_lib.recipes import find
 from sigreg_lib.sketch import directions, gaussian
 
 SIZES = ((128, 256, 64), (128, 1024, 64), (8192, 768, 64))  # N, C, K
 LAYERS = 6  # of a vit, tapped at 128 x 256 each
-TAPPED = {"vit": (LAYERS, 128, 256), "expert": (9, 128, 192)}  # layers, N, C
+TRANSFORMERS = ("vit", "expert")
 CHANNELS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 COLUMNS = (8, 16, 32, 64, 128, 256, 512)
 
@@ -120,7 +120,7 @@ def bench_sketches(*, rounds: int = 31, device: str = "cpu") -> list[dict[str, A
     Drawing, loss and its gradient, in one call; ``ratio`` is of one each over one for all.
     """
     ways = {"one each": False, "one for all": True}
-    cases = [(family, loss) for family in TAPPED for loss in ("weak", "strong")]
+    cases = [(family, loss) for family in TRANSFORMERS for loss in ("weak", "strong")]
     functions = {
         (*case, way): _drawn(*case, shared=shared, device=device)
         for case in cases
@@ -130,11 +130,12 @@ def bench_sketches(*, rounds: int = 31, device: str = "cpu") -> list[dict[str, A
     rows = []
     for family, loss in cases:
         own = {way: times[family, loss, way] for way in ways}
+        recipe = find(f"{family}/{loss}")
         rows.append(
             {
                 "family": family,
                 "loss": loss,
-                "shape": list(TAPPED[family]),
+                "shape": [recipe.depth, recipe.batch_size, recipe.width],
                 "seconds": {way: statistics.median(values) for way, values in own.items()},
                 "ratio": ratio(own, *ways),
             }
@@ -144,17 +145,17 @@ def bench_sketches(*, rounds: int = 31, device: str = "cpu") -> list[dict[str, A
 
 def _drawn(family: str, loss: str, *, shared: bool, device: str) -> Callable[[], None]:
     """One call of a handle on as many Gaussian layers as the family has, backward included."""
-    layers, n, c = TAPPED[family]
+    recipe = find(f"{family}/{loss}")
     g = torch.Generator(device).manual_seed(0)
-    features = torch.randn(layers, n, c, generator=g, device=device).requires_grad_()
-    regularizer = {"weak": WeakSIGReg, "strong": SIGReg}[loss]
-    model = nn.ModuleList(nn.Identity() for _ in range(layers))
-    handle = attach(model, "*", regularizer(64, generator=g), shared_sketch=shared)
+    shape = recipe.depth, recipe.batch_size, recipe.width
+    features = torch.randn(shape, generator=g, device=device).requires_grad_()
+    model = nn.ModuleList(nn.Identity() for _ in range(recipe.depth))
+    handle = attach(model, "*", recipe.build_regularizer(g), shared_sketch=shared)
     for layer, z in zip(model, features, strict=True):
         layer(z)
-    return partial(_differentiate, handle, features)
 
+    def call() -> None:
+        # what came before the loss, here the cut into layers, is kept for the next call
+        torch.autograd.grad(handle.loss(), features, retain_graph=True)
 
-def _differentiate(handle: Handle, features: torch.Tensor) -> None:
-    # what came before the loss, here the cut into layers, is kept for the next call
-    torch.autograd.grad(handle.loss(), features, retain_graph=True)
+    return call
