@@ -6,7 +6,7 @@ import numbers
 import typing
 from typing import Any, Literal
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 
 
 def is_integer(value: Any) -> bool:
@@ -45,7 +45,6 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     words = [w for option in options for w in typing.get_args(option) if isinstance(w, str)]
     others = [option for option in options if typing.get_origin(option) is not Literal]
     if words and isinstance(value, str) and not others:
-        near = nearest(value, words)
-        raise ValueError(f"{name} is one of {', '.join(words)}, not {value!r}; meant {near!r}?")
+        raise ValueError(f"unknown {name} {value!r}; {suggest(value, words)}")
     kinds = [getattr(o, "__name__", str(o)).replace("NoneType", "none") for o in others]
     raise ValueError(f"{name} must be {' or '.join([*kinds, *words])}, not {value!r}")

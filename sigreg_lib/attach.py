@@ -6,13 +6,14 @@ import fnmatch
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sigreg_lib._dtype import at_least_float32
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib.distributed import process_count
 from sigreg_lib.pooling import POOLS, Layout, pool_features, refuse_batch_second
 
@@ -89,7 +90,7 @@ def attach(
     if on not in ("output", "input"):
         raise ValueError(f"on must be 'output' or 'input', not {on!r}")
     if not callable(pool) and pool not in POOLS:
-        raise ValueError(f"unknown pool {pool!r}; did you mean {nearest(pool, POOLS)!r}?")
+        raise ValueError(f"unknown pool {pool!r}; {suggest(pool, POOLS)}")
     if channels not in ("auto", "first", "last"):
         raise ValueError(f"channels must be 'auto', 'first' or 'last', not {channels!r}")
     if regularizer is not None and (isinstance(regularizer, type) or not callable(regularizer)):
@@ -359,9 +360,9 @@ def _find(model: nn.Module, layers) -> dict[str, nn.Module]:
             continue
         matches = [name for name in named if _matches(name, item)]
         if not matches:
-            near = nearest(item, named, cutoff=0.5)
-            hint = f"; did you mean {near!r}?" if near and not set(item) & set("*?[") else ";"
-            raise ValueError(f"no layer matches {item!r}{hint} the layers are: {', '.join(named)}")
+            patterns = dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in named)
+            known = patterns if set(item) & set("*?[") else named
+            raise ValueError(f"no layer matches {item!r}; {suggest(item, known, patterns)}")
         called = [name for name in matches if _has_forward(named[name])]
         if not called:
             raise ValueError(_never_called(matches[0], named[matches[0]]))

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 
 CLOUDS: dict[str, str] = {
     "gaussian": "standard Gaussian",
@@ -227,7 +227,4 @@ def detection_power(
 def check_kind(kind: str) -> None:
     """Raise ValueError, with the nearest known name, for a cloud that is not in :data:`CLOUDS`."""
     if kind not in CLOUDS:
-        near = nearest(kind, CLOUDS)
-        raise ValueError(
-            f"unknown cloud {kind!r}; did you mean {near!r}? known: {', '.join(CLOUDS)}"
-        )
+        raise ValueError(f"unknown cloud {kind!r}; {suggest(kind, CLOUDS)}")

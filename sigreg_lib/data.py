@@ -20,7 +20,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib._types import is_integer
 
 NAMES = ("cifar100", "digits")
@@ -220,9 +220,7 @@ def _folder(data: str | os.PathLike[str]) -> Path:
         return Path(os.environ.get("SIGREG_DATA") or cache).expanduser()
     folder = Path(data).expanduser()
     if isinstance(data, str) and folder.name == data and not folder.exists():  # a bare word
-        near = nearest(data, NAMES, cutoff=0.5)
-        hint = f", did you mean {near!r}?" if near else ";"
-        raise ValueError(f"unknown data {data!r}{hint} Known: {', '.join(NAMES)}, or {_LAYOUTS}")
+        raise ValueError(f"unknown data {data!r}; {suggest(data, NAMES)}, or {_LAYOUTS}")
     return folder
 
 

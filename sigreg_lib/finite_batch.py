@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib.losses import weak_floor
 from sigreg_lib.losses.sigreg import weak_values
 from sigreg_lib.sketch import KINDS
@@ -285,5 +285,4 @@ def _deviation(y: Tensor) -> Tensor:
 
 
 def _unknown(what: str, name: object, known) -> str:
-    near = nearest(name, known)
-    return f"unknown {what} {name!r}; did you mean {near!r}? known: {', '.join(known)}"
+    return f"unknown {what} {name!r}; {suggest(name, known)}"

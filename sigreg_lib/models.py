@@ -27,7 +27,7 @@ from sigreg_lib._blocks import (
     redraw_drops,
     start_orthogonal,
 )
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib._types import is_integer
 
 __all__ = [
@@ -252,7 +252,7 @@ def build_model(
     known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
     for option in options:
         if option not in known:
-            raise TypeError(f"unknown option {option!r} of {kind!r}: {_suggest(option, known)}")
+            raise TypeError(f"unknown option {option!r} of {kind!r}: {suggest(option, known)}")
     # The CPU's generator alone: torch.manual_seed would reseed every accelerator too.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -263,14 +263,9 @@ def _learned(rows: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(rows, width), std=0.02))
 
 
-def _suggest(name: object, known: Iterable[str]) -> str:
-    near = nearest(name, known)
-    return f"expected one of {', '.join(known)}; did you mean {near!r}?"
-
-
 def _check_name(argument: str, value: object, known: Iterable[str]) -> str:
     if value not in known:
-        raise ValueError(f"{argument}={value!r}: {_suggest(value, known)}")
+        raise ValueError(f"{argument}={value!r}: {suggest(value, known)}")
     return str(value)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 
 TITLE = "Weak-SIGReg: Covariance Regularization for Stable Deep Learning"
 ARXIV = "2603.05924"
@@ -163,8 +163,7 @@ def published(name: str) -> PublishedRow:
         ValueError: no such row; the nearest is named.
     """
     if name not in PUBLISHED:
-        near = nearest(name, PUBLISHED)
-        raise ValueError(f"name={name!r}: no published row of that name; did you mean {near!r}?")
+        raise ValueError(f"unknown published row {name!r}; {suggest(name, PUBLISHED)}")
     return PUBLISHED[name]
 
 

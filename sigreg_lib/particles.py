@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib.diagnostics import check_samples
 from sigreg_lib.losses import strong_values
 from sigreg_lib.sketch import directions as draw_directions
@@ -238,8 +238,7 @@ def _double(value: Number) -> Tensor:
 
 def _check_kind(kind: str) -> None:
     if kind not in FORCES:
-        near = nearest(kind, FORCES)
-        raise ValueError(f"unknown force {kind!r}; did you mean {near!r}? known: {FORCES}")
+        raise ValueError(f"unknown force {kind!r}; {suggest(kind, FORCES)}")
 
 
 def _per_system(value: Number, z: Tensor, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib._types import alternatives, check_type
 from sigreg_lib.augment import Policy
 from sigreg_lib.losses import STRONG_GRIDS, LogWeakSIGReg, SIGReg, VCReg, WeakPart, WeakSIGReg
@@ -158,8 +158,7 @@ class Recipe:
         """
         for name in changes:
             if name not in HINTS or name == "name":
-                near = nearest(name, HINTS)
-                raise ValueError(f"a recipe has no setting {name!r}; did you mean {near!r}?")
+                raise ValueError(f"a recipe has no setting {name!r}; {suggest(name, HINTS)}")
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         return dataclasses.replace(self, **lists)
 
@@ -279,8 +278,7 @@ def find(name: str) -> Recipe:
         ValueError: no such recipe; the nearest is named.
     """
     if name not in RECIPES:
-        near = nearest(name, RECIPES)
-        raise ValueError(f"unknown recipe {name!r}; did you mean {near!r}? (`sigreg list`)")
+        raise ValueError(f"unknown recipe {name!r}; {suggest(name, RECIPES)} (`sigreg list`)")
     return RECIPES[name]
 
 

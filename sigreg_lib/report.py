@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib.records import write_atomically
 
 if TYPE_CHECKING:
@@ -49,12 +49,6 @@ _KINDS = "animation|figure|table"
 _ENTRY = re.compile(rf"^<!-- ({_KINDS}) (\S+) -->\n.*?^<!-- end of \2 -->\n", re.M | re.S)
 
 
-def _nearest(name: object, known: Iterable[object]) -> str:
-    names = [str(k) for k in known]
-    close = nearest(name, names, cutoff=0.6)
-    return (f"did you mean {close!r}? " if close else "") + f"known: {', '.join(names)}"
-
-
 def check_parameters(
     namespace: Mapping[str, Any], *, known: Iterable[str], choices: Mapping[str, Sequence[Any]]
 ) -> None:
@@ -78,12 +72,10 @@ def check_parameters(
     for name, value in namespace.items():
         allowed = tuple(choices.get(name, (value,)))
         if value not in allowed:
-            faults.append(
-                f"parameter {name} = {value!r} is not allowed; {_nearest(value, allowed)}"
-            )
+            faults.append(f"parameter {name} = {value!r} is not allowed; {suggest(value, allowed)}")
         public = not (name in exempt or name.startswith("_"))
         if public and not (callable(value) or isinstance(value, ModuleType)):
-            faults.append(f"unknown parameter {name} = {value!r}; {_nearest(name, names)}")
+            faults.append(f"unknown parameter {name} = {value!r}; {suggest(name, names)}")
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -125,7 +117,7 @@ def method_style(method: str) -> dict[str, Any]:
         ValueError: `method` is not a key of `METHODS`.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; {_nearest(method, METHODS)}")
+        raise ValueError(f"unknown method {method!r}; {suggest(method, METHODS)}")
     return dict(METHODS[method])
 
 

@@ -14,7 +14,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib._types import is_integer
 
 
@@ -126,8 +126,7 @@ class MatrixSource:
         seed: int = 0,
     ) -> None:
         if kind not in KINDS:
-            near = nearest(kind, KINDS)
-            raise ValueError(f"unknown kind of sketch {kind!r}; did you mean {near!r}?")
+            raise ValueError(f"unknown kind of sketch {kind!r}; {suggest(kind, KINDS)}")
         if not is_integer(n_columns) or n_columns < 1:
             raise ValueError(f"the number of columns must be a positive int, not {n_columns!r}")
         if generator is not None and not resample:

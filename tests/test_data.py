@@ -261,9 +261,9 @@ def test_an_earlier_download_is_found_in_the_cache(tmp_path, monkeypatch, no_env
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("cifar10", "unknown data 'cifar10', did you mean 'cifar100'"),
-        ("digit", "unknown data 'digit', did you mean 'digits'"),
-        ("imagenet", "unknown data 'imagenet'; Known: cifar100, digits"),
+        ("cifar10", "unknown data 'cifar10'; did you mean 'cifar100'"),
+        ("digit", "unknown data 'digit'; did you mean 'digits'"),
+        ("imagenet", "unknown data 'imagenet'; known: cifar100, digits"),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(data, message, no_environment):

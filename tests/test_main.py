@@ -102,7 +102,7 @@ def test_sweep_says_how_many_runs_there_are_and_prints_a_line_a_run(tmp_path, ca
         (["run", "vit/weak", "--seed", "-1"], "seed must be"),
         (["run", "vit/weak", "--device", "gpu"], "device must be"),
         (["run", "vit/weak", "--data", "/no/such/folder"], "/no/such/folder"),
-        (["show", "nothing"], "did you mean"),
+        (["show", "nothing"], "unknown recipe 'nothing'; known: vit/none, "),
         (["sweep", "mlp/none", "--seeds", "0", "0"], "given twice"),
         (["sweep", "mlp/none", "--epochs", "500"], "epochs must lie in 1..400"),
         (["sweep", "vit/none", "--batched"], "vit/none cannot be trained batched"),

@@ -127,7 +127,7 @@ def test_an_epoch_has_390_whole_batches_and_a_short_one():
 
 
 def test_an_unknown_row_names_the_nearest():
-    with pytest.raises(ValueError, match=r"name='vit/weka'.*did you mean 'vit/weak'"):
+    with pytest.raises(ValueError, match=r"row 'vit/weka'; did you mean 'vit/weak'"):
         published("vit/weka")
     with pytest.raises(ValueError, match="number=4: expected table 1, 2 or 3"):
         table(4)

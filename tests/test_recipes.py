@@ -198,7 +198,7 @@ def test_overrides_are_told_apart_from_the_named_recipe():
         ({"lam": 1.5}, r"lam must lie in \[0, 1\]"),
         ({"lam": float("nan")}, "lam must be finite"),
         ({"lam": "much"}, "lam must be float or auto, not 'much'"),
-        ({"norm": "btach"}, "meant 'batch'"),
+        ({"norm": "btach"}, "unknown norm 'btach'; did you mean 'batch'"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"rand_augment": (2,)}, "rand_augment must be"),
         ({"mean": (0.5,)}, "mean and std go together"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sigreg_lib._dtype import at_least_float32
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib._newton import newton_inverse_root
 from sigreg_lib._types import is_integer
 from sigreg_lib.losses.sigreg import _check_samples
@@ -81,8 +81,7 @@ def whiten(z: Tensor, kind: str = "zca", *, eps: float = 0.0, correction: int = 
     Source: Kessy et al., arXiv 1512.00809 (ZCA, PCA); Huang et al., arXiv 1804.08450 (in networks).
     """
     if kind not in WHITENINGS:
-        near = nearest(kind, WHITENINGS)
-        raise ValueError(f"unknown kind of whitening {kind!r}; did you mean {near!r}?")
+        raise ValueError(f"unknown kind of whitening {kind!r}; {suggest(kind, WHITENINGS)}")
     _check_samples(z, at_least=2)
     _check_eps(eps)
     with torch.autocast(z.device.type, enabled=False):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigreg_lib import report
-from sigreg_lib._names import nearest
+from sigreg_lib._names import suggest
 from sigreg_lib.paper import EPOCHS, PUBLISHED, PublishedRow
 from sigreg_lib.records import Record, select
 from sigreg_lib.train import Run, sweep
@@ -122,8 +122,7 @@ def collect(
         ValueError: no such family or folder, or a file in the group is no valid record.
     """
     if family not in TOLERANCE:
-        near = nearest(family, TOLERANCE)
-        raise ValueError(f"family={family!r}: expected vit, expert or mlp; meant {near!r}?")
+        raise ValueError(f"unknown family {family!r}; {suggest(family, TOLERANCE)}")
     if not Path(folder).is_dir():
         raise ValueError(f"no folder of records: {folder}")
     group_folder = Path(folder) / group
