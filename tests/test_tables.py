@@ -702,6 +702,21 @@ def test_fits_are_drawn_in_the_colours_of_their_rows():
     assert [t.get_text() for t in tables.plot_fit({}).axes[0].texts] == ["no record"]
 
 
+def test_variants_are_told_apart_by_their_dashes_too():
+    runs = {f"decay {i}": fitted("mlp/none", [5, 9], [6, 8]) for i in range(4)}
+    lines = tables.plot_fit(runs).axes[0].lines[:4]
+    assert [line.get_color() for line in lines] == [colour for colour, _ in figures._VARIANTS]
+    assert len({dashes for _, dashes in figures._VARIANTS}) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2187.4, "2,190"), (0.0123456, "0.0123"), (148.9, "149"), (3.0, "3"), (None, "not finite")],
+)
+def test_numbers_in_titles_have_three_digits_and_no_powers_of_ten(value, text):
+    assert figures._text(value) == text
+
+
 def test_a_look_at_layers_leaves_out_the_names_of_the_tapped_ones():
     record = read(RECORDS / "cifar100/mlp-weak+taps=layers.4-s0.json")
     assert record.layers["tapped"] == ["layers.4"]

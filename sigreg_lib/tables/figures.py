@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_VARIANTS = ("#029e73", "#cc78bc", "#d55e00", "#56b4e9")  # seaborn's colorblind, unused so far
+_VARIANTS = (  # of seaborn's colorblind what no row has, with dashes to tell them apart in grey
+    ("#029e73", "-."),
+    ("#cc78bc", (0, (1, 1))),
+    ("#d55e00", (0, (6, 2))),
+    ("#56b4e9", (0, (4, 1, 1, 1, 1, 1))),
+)
 
 
 def plot_curves(rows: Sequence[Row]) -> Figure:
@@ -171,19 +176,19 @@ def plot_fit(runs: Mapping[str, Record]) -> Figure:
     """Test accuracy over training accuracy, a line a run from epoch to epoch.
 
     On the dotted diagonal a run tests as it trains. Runs by the names of the rows (``LABELS``) look
-    as everywhere, others have colours of their own.
+    as everywhere, others have colours and dashes of their own.
     """
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(report.COLUMN, 2.7))
-    colours = itertools.cycle(_VARIANTS)
+    variants = itertools.cycle(_VARIANTS)
     highest = 1.0
     for name, run in runs.items():
         points = fits(run)
         trained, tested = [t for _, t, _ in points], [a for _, _, a in points]
         look = report.method_style(run.config["regularizer"]) | {"marker": ""}
         if name not in LABELS.values():
-            look |= {"color": next(colours), "linestyle": "-."}
+            look |= dict(zip(("color", "linestyle"), next(variants), strict=True))
         ax.plot(trained, tested, **look, label=name)
         highest = max(highest, *tested)
     ax.axline((0, 0), slope=1, color="0.4", linewidth=0.8, linestyle=":")
@@ -249,7 +254,7 @@ def _missing(ax: Axes) -> None:
 
 
 def _text(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
+    return "not finite" if value is None else f"{float(f'{value:.3g}'):,g}"  # no powers of ten
 
 
 def _plain_ticks(ax: Axes) -> None:
