@@ -413,7 +413,7 @@ def test_each_symptom_is_found_in_features_made_to_have_it(z, expected):
 
     found = tables.symptoms(
         dimension=diagnostics.participation_ratio(z).item(),
-        norm=diagnostics.feature_norm(z).item() / 8,
+        length=diagnostics.feature_norm(z).item() / 8,
         cosine=diagnostics.mean_cosine(z).item(),
     )
     assert found == expected
@@ -422,7 +422,7 @@ def test_each_symptom_is_found_in_features_made_to_have_it(z, expected):
 def test_features_are_those_of_the_last_layer_in_units_of_standard_gaussian_ones(tmp_path):
     table = tables.features([row(tmp_path, made(epochs=10)), row(tmp_path, name="mlp/none")])
     assert list(table.index) == ["Weak"]  # a row without runs is left out
-    assert table.loc["Weak", "norm / sqrt(C)"] == 1.0
+    assert table.loc["Weak", "length / sqrt(C)"] == 1.0
     dead = made(epochs=10)
     for name, value in (("feature_norm", 0.0), ("mean_cosine", None), ("effective_dim", None)):
         dead.layers[name][-1] = [value] * 5

@@ -99,9 +99,9 @@ def layer_table(rows: Iterable[Row], measure: str, epoch: int | None = None) -> 
 def features(rows: Iterable[Row], epoch: int | None = None) -> DataFrame:
     """What the last tapped layer's features of the test images look like; means over a row's runs.
 
-    Effective dimension: participation ratio of the covariance. Norm: mean length, in units of the
-    square root of C that standard Gaussian features of C channels have. Cosine: mean over pairs of
-    images. See :func:`symptoms` for the last column.
+    Effective dimension: participation ratio of the covariance. Length: mean over images, in units
+    of the square root of C that standard Gaussian features of C channels have. Cosine: mean over
+    pairs of images. See :func:`symptoms` for the last column.
     """
     import pandas as pd
 
@@ -120,25 +120,25 @@ def features(rows: Iterable[Row], epoch: int | None = None) -> DataFrame:
                 "epoch": at,
                 "n": len(runs),
                 "effective dimension": round(mean["dimension"], 1),
-                "norm / sqrt(C)": round(mean["norm"], 2),
+                "length / sqrt(C)": round(mean["length"], 2),
                 "mean cosine": round(mean["cosine"], 2),
                 "symptoms": ", ".join(symptoms(**mean)) or "none",
             }
         )
-    columns = ["regularizer", "epoch", "n", "effective dimension", "norm / sqrt(C)"]
+    columns = ["regularizer", "epoch", "n", "effective dimension", "length / sqrt(C)"]
     columns += ["mean cosine", "symptoms"]
     return pd.DataFrame(lines, columns=columns).set_index("regularizer")
 
 
 def measures(record: Record, epoch: int) -> dict[str, float]:
-    """Effective dimension, norm over sqrt(C) and mean cosine of the last tapped layer, or NaN."""
+    """Effective dimension, length over sqrt(C) and mean cosine of the last tapped layer, or NaN."""
     found = look(record, epoch)
-    names = {"dimension": "effective_dim", "norm": "feature_norm", "cosine": "mean_cosine"}
+    names = {"dimension": "effective_dim", "length": "feature_norm", "cosine": "mean_cosine"}
     values = {k: _mean([found[name][-1]]) for k, name in names.items()}
-    return values | {"norm": values["norm"] / math.sqrt(record.config["width"])}
+    return values | {"length": values["length"] / math.sqrt(record.config["width"])}
 
 
-def symptoms(*, dimension: float, norm: float, cosine: float) -> list[str]:
+def symptoms(*, dimension: float, length: float, cosine: float) -> list[str]:
     """Ways in which features can have gone wrong, each by a fixed threshold.
 
     *images look alike*: two images' features have a mean cosine of at least 0.9; *few directions*:
@@ -148,8 +148,8 @@ def symptoms(*, dimension: float, norm: float, cosine: float) -> list[str]:
     found = {
         "images look alike": cosine >= ALIKE,
         "few directions": dimension <= FEW,
-        "blown up": norm >= SCALE,
-        "shrunk": norm <= 1 / SCALE,
+        "blown up": length >= SCALE,
+        "shrunk": length <= 1 / SCALE,
     }
     return [name for name, there in found.items() if there]
 
@@ -163,7 +163,7 @@ def described(rows: Iterable[Row]) -> str:
     parts = []
     for row, (_, found) in zip(rows, features(rows, epoch).iterrows(), strict=True):
         numbers = f"an effective dimension of {found['effective dimension']:.1f}"
-        numbers += f", a norm of {found['norm / sqrt(C)']:.2f} √C"
+        numbers += f", a length of {found['length / sqrt(C)']:.2f} √C"
         numbers += f" and a mean cosine of {found['mean cosine']:.2f}"
         ill = found["symptoms"].replace("none", "none of the symptoms below")
         parts.append(f"{row.published.name} has {numbers} ({ill}; n = {found['n']})")
