@@ -196,6 +196,28 @@ def seed_table(frame: DataFrame, index: str, value: str = "accuracy", digits: in
     return table.reindex(index=frame[index].unique(), columns=named["seed"].unique()).fillna("")
 
 
+def epoch_table(
+    named: Mapping[str, Sequence[Run]],
+    group: str,
+    epochs: Iterable[int],
+    *,
+    records: str | Path,
+    value: str = "accuracy",
+    digits: int = 2,
+) -> DataFrame:
+    """:func:`seed_table` of named runs after each of several epochs, from the records.
+
+    A line a case; columns are pairs of epoch and seed.
+    """
+    import pandas as pd
+
+    tables = {}
+    for epoch in epochs:
+        found = cases(named, group, "recorded", records=records, epochs=epoch)
+        tables[epoch] = seed_table(found, "case", value, digits)
+    return pd.concat(tables, axis=1, names=["epoch"])
+
+
 def heat_map(
     ax: Axes,
     frame: DataFrame,

@@ -8,6 +8,7 @@ from seaborn.utils import relative_luminance
 from sigreg_lib import ablations
 from sigreg_lib.ablations import (
     cell_values,
+    epoch_table,
     grid,
     heat_map,
     outcome,
@@ -197,6 +198,19 @@ def test_runs_under_names_of_ones_own_keep_them_and_their_order(tmp_path):
     assert list(frame["status"]) == ["missing", "done", "missing", "done"]
     assert list(frame.index) == [0, 1, 2, 3]
     assert paired(frame, "accuracy", {"case": "wide"}, {"case": "wide again"}) == [0.0]
+
+
+def test_several_epochs_stand_beside_each_other_with_what_is_missing(tmp_path):
+    runs = grid("digits/weak", [0, 1], epochs=[9])
+    for run, accuracies in zip(runs, ([10.0, 20.0, 30.0], [15.0]), strict=True):
+        record = finished(run, accuracies, planned=9, status="partial")
+        record.write(tmp_path / "g" / f"{run.name}.json")
+    named = {"here": runs, "nowhere": grid("digits/none", [0], epochs=[9])}
+    table = epoch_table(named, "g", [1, 3], records=tmp_path, digits=1)
+    assert table[1].loc["here"].tolist() == ["10.0", "15.0"]
+    assert table[3].loc["here"].tolist() == ["30.0", "partial (epoch 1)"]
+    assert table.loc["nowhere"].tolist() == ["missing", "", "missing", ""]
+    assert table.columns.names == ["epoch", "seed"]
 
 
 def test_every_outcome_is_there_for_every_run():
