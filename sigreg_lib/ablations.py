@@ -99,6 +99,18 @@ def cases(named: Mapping[str, Sequence[Run]], group: str, budget: str, **options
     return pd.concat(frames, ignore_index=True)
 
 
+def require(frame: DataFrame) -> DataFrame:
+    """The table of :func:`study` itself, for pages that cannot do without it.
+
+    Raises:
+        ValueError: none of its runs has come far enough.
+    """
+    if not (frame["status"] == "done").any():
+        first = f", such as {frame['run'].iloc[0]}" if len(frame) else ""
+        raise ValueError(f"no record of any of {len(frame)} runs{first}; budget='cpu' trains them")
+    return frame
+
+
 def rows(runs: Sequence[Run], found: Mapping[str, Record], epochs: int | None = None) -> DataFrame:
     """The table of :func:`study` from records by the runs' names.
 

@@ -13,6 +13,7 @@ from sigreg_lib.ablations import (
     heat_map,
     outcome,
     paired,
+    require,
     rows,
     seed_table,
     study,
@@ -132,6 +133,16 @@ def test_a_table_by_seed_gives_the_number_or_why_there_is_none():
 def test_a_record_of_other_settings_is_refused():
     with pytest.raises(ValueError, match="has other settings"):
         rows(RUNS, {RUNS[0].name: finished(two_epochs(16, 0), [1.0, 2.0])})
+
+
+def test_a_page_without_any_of_its_runs_stops_and_says_what_would_train_them():
+    runs = grid("digits/none", [0, 1], epochs=[2])
+    frame = rows(runs, {runs[1].name: finished(runs[1], [60.0, 70.0])})
+    assert require(frame) is frame
+    with pytest.raises(ValueError, match=r"any of 2 runs, such as digits-none.epochs=2-s0; budget"):
+        require(rows(runs, {}))
+    with pytest.raises(ValueError, match="any of 0 runs; "):
+        require(frame.iloc[:0])
 
 
 def test_a_heat_map_says_mean_interval_and_why_a_cell_is_empty():
