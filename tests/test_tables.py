@@ -623,6 +623,18 @@ def test_a_sentence_holds_every_row_that_has_been_looked_at(tmp_path):
     assert "not been looked at" in tables.described(tables.collect(tmp_path, "vit", [0]))
 
 
+def test_a_sentence_at_an_epoch_is_of_the_runs_that_came_so_far(tmp_path):
+    shorter = made(epochs=5, seed=1)
+    rows = tables.collect(
+        written(tmp_path, made(epochs=10), shorter, made("mlp/none", epochs=10)), "mlp", [0, 1]
+    )
+    assert tables.shared_look(rows) == 10
+    said = tables.described(rows, 10)
+    assert said.startswith("At epoch 10") and said.count("n = 1") == 2
+    assert tables.described(rows).startswith("At epoch 5")
+    assert tables.shared_look(tables.collect(tmp_path, "vit", [0])) is None
+
+
 def test_an_expectation_is_said_to_hold_or_not_or_not_to_be_measured():
     assert tables.held("x < 1", True, "0.5").endswith("holds (0.5)")
     assert "does NOT hold" in tables.held("x < 1", False)

@@ -35,6 +35,7 @@ from sigreg_lib.tables.questions import (
     looks,
     measures,
     sampling_half_width,
+    shared_look,
     shown,
     symptoms,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "plot_spectra",
     "results_table",
     "sampling_half_width",
+    "shared_look",
     "shown",
     "sources",
     "statement",

@@ -72,6 +72,13 @@ def common_look(records: Iterable[Record]) -> int | None:
     return max(set.intersection(*epochs), default=None) if epochs else None
 
 
+def shared_look(rows: Iterable[Row]) -> int | None:
+    """The latest published epoch after which each row that has runs has one that was looked at."""
+    there = [row for row in rows if row.seeds]
+    epochs = [set(row.compared) & set().union(*map(looks, row.records.values())) for row in there]
+    return max(set.intersection(*epochs), default=None) if epochs else None
+
+
 def layer_table(rows: Iterable[Row], measure: str, epoch: int | None = None) -> DataFrame:
     """A measure of each layer: a line a row of the paper, a column a layer, means over its runs.
 
@@ -154,11 +161,18 @@ def symptoms(*, dimension: float, length: float, cosine: float) -> list[str]:
     return [name for name, there in found.items() if there]
 
 
-def described(rows: Iterable[Row]) -> str:
-    """One sentence: the last layer of each row at the latest look that all runs have in common."""
-    rows = [row for row in rows if row.seeds]
-    epoch = common_look(row.records[seed] for row in rows for seed in row.seeds)
+def described(rows: Iterable[Row], epoch: int | None = None) -> str:
+    """One sentence: the last layer of each row, means over its runs that were looked at there.
+
+    Args:
+        rows: rows without such a run are left out.
+        epoch: after which; default: the latest look that all runs have in common.
+    """
+    rows = list(rows)
     if epoch is None:
+        epoch = common_look(row.records[seed] for row in rows for seed in row.seeds)
+    rows = [row for row in rows if any(epoch in looks(run) for run in row.records.values())]
+    if not rows:
         return "The layers have not been looked at yet."
     parts = []
     for row, (_, found) in zip(rows, features(rows, epoch).iterrows(), strict=True):
